@@ -1,0 +1,44 @@
+# Everything runs in .venv, which each target creates and reuses. Needs Python 3.11 or later, with pip.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+
+.PHONY: help demo test check bench tiny-models clean
+
+help:
+	@echo "make demo         two tiny language models solve problems in turns"
+	@echo "make test         all tests, with coverage"
+	@echo "make check        formatting, lint, types, layers"
+	@echo "make bench        every benchmark"
+	@echo "make tiny-models  train the shipped models anew, into runs/tiny (about 40 minutes on two cores)"
+
+demo: $(VENV)/local
+	$(RUN)/python examples/longshort_math.py
+
+test: $(VENV)/dev
+	$(RUN)/pytest -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+check: $(VENV)/dev
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+	$(RUN)/mypy
+	$(RUN)/lint-imports
+
+bench: $(VENV)/bench
+	$(RUN)/python benchmarks/turns.py
+	$(RUN)/python benchmarks/engine.py
+
+tiny-models: $(VENV)/local
+	$(RUN)/python -m turnwise.rl.tiny_models runs/tiny
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("turnwise needs Python 3.11 or later; run make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each extra that was installed as pyproject.toml and constraints.txt stand.
+$(VENV)/%: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Who fills a seat: scripted, replayed, or a language model."""

@@ -1,0 +1,9 @@
+"""The tiny language models that turnwise ships, each a transformers checkpoint of 0.7 M parameters.
+
+`LONG` and `SHORT` play Long⊗Short, `ROUTER` plays Thinkless, all of them on the arithmetic environment. They load by
+`from_pretrained`, as any checkpoint does. `python -m turnwise.rl.tiny_models FOLDER` trains them anew.
+"""
+
+from pathlib import Path
+
+LONG, SHORT, ROUTER = (Path(__file__).parent / name for name in ("long", "short", "router"))

@@ -1,0 +1,1 @@
+"""What episodes add up to: summaries, tables, and what brevity cost."""

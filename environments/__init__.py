@@ -1,0 +1,1 @@
+"""Problems, transcripts, and the grading of answers."""

@@ -1,0 +1,64 @@
+"""Two language models solve problems together by Long⊗Short, beside each of them alone.
+
+    python examples/longshort_math.py                                   # the tiny models that turnwise ships
+    python examples/longshort_math.py --problems math500 --number 100 \\
+        --long deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --short Qwen/Qwen2.5-7B-Instruct --device cuda
+
+Prints a few conversations as they happen, then a table: what was right, in how many tokens, and the AES of each
+against the long model alone.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from turnwise.agents.tiny import LONG, SHORT
+from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
+from turnwise.analysis.tables import comparison, levels
+from turnwise.cli import open_environment, play_shown, run
+from turnwise.environments.math_grader import MathGrader
+from turnwise.protocols.long_short import LongShort
+from turnwise.protocols.solo import Solo
+
+
+def main(
+    problems: Annotated[str, typer.Option(help="easy, mixed or hard (arithmetic), a benchmark, or a file.")] = "mixed",
+    number: Annotated[int, typer.Option(help="How many problems.")] = 96,
+    seed: int = 0,
+    long: Annotated[str, typer.Option(help="The long-thought model: a folder or a hub id.")] = str(LONG),
+    short: Annotated[str, typer.Option(help="The short-thought model: a folder or a hub id.")] = str(SHORT),
+    device: str = "cpu",
+    temperature: float = 0.6,
+    max_tokens: Annotated[int, typer.Option(help="Budget of each turn; alone, the long model has four.")] = 512,
+    shown: Annotated[int, typer.Option(help="How many conversations to print.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="Folder for the episodes; a stopped run goes on there.")] = None,
+) -> None:
+    """Long⊗Short on mathematics."""
+    console = Console()
+    with MathGrader() as grader:
+        environment = open_environment(problems, grader, number=number, seed=seed)
+        engines = {"long": TransformersEngine.load(long, device=device)}
+        engines["short"] = engines["long"] if short == long else TransformersEngine.load(short, device=device)
+        team = {seat: TransformersAgent(engine, temperature=temperature) for seat, engine in engines.items()}
+        protocols = {
+            "long⊗short": LongShort(long_tokens=max_tokens, short_tokens=max_tokens),
+            "long alone": Solo("long", max_tokens=4 * max_tokens, answer_after="</think>"),
+            "short alone": Solo("short", max_tokens=max_tokens, stops=("</answer>",)),
+        }
+        settings = {"long": long, "short": short, "temperature": temperature}
+        runs = {
+            title: play_shown(
+                title, protocol, team, environment, console,
+                seed=seed, shown=shown if title == "long⊗short" else 0, output=output, settings=settings,
+            )
+            for title, protocol in protocols.items()
+        }  # fmt: skip
+    console.print(comparison(runs, baseline="long alone", title=f"{number} problems of {environment.name}"))
+    if len({problem.level for problem in environment.problems}) > 1:
+        console.print(levels(runs, title="Right, in how many tokens, by level"))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,69 @@
+"""A protocol of one's own, in one file: a jury of three answers at once; where it disagrees, the long model thinks.
+
+    python examples/new_protocol.py
+
+The three jurors are one tiny model in three seats (so they share weights), the clerk who counts their votes is a
+Python function, and the thinker is the tiny long-thought model. Expect jurors to agree on easy problems, and the
+thinker to be called on hard ones: nearly as right as thinking always, in fewer tokens.
+"""
+
+import re
+
+from rich.console import Console
+
+from turnwise.agents.scripted import ScriptedAgent
+from turnwise.agents.tiny import LONG, SHORT
+from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
+from turnwise.analysis.tables import comparison, levels
+from turnwise.cli import open_environment, play_shown, run
+from turnwise.environments.math_grader import MathGrader
+from turnwise.environments.transcript import Turn
+from turnwise.protocols.graph import END, GraphProtocol, State, TurnGraph
+from turnwise.protocols.lengths import KimiLength
+from turnwise.protocols.rewards import Correctness, RewardSum
+from turnwise.protocols.solo import Solo
+
+JURORS = ("ann", "bob", "cleo")
+
+
+# The protocol: 15 lines.
+jury = GraphProtocol(
+    TurnGraph(
+        seats={**dict.fromkeys(JURORS, ""), "clerk": "", "thinker": ""},
+        start="vote",
+        states={
+            "vote": State(seat=JURORS, then="count", max_tokens=32),
+            "count": State(seat="clerk", closes={"</answer>": END, "</rethink>": "think"}, max_tokens=32),
+            "think": State(seat="thinker", reads=(), max_tokens=768, answer_after="</think>"),
+        },
+        dialogue="chat",
+    ),
+    RewardSum((Correctness(), KimiLength()), right_beats_wrong=True),
+)
+
+
+def count_votes(turn: Turn, seed: int) -> str:
+    """The clerk: hands in what all jurors say, or asks for a long thought."""
+    votes = {vote for message in turn.messages for vote in re.findall(r"\\boxed\{(.*?)\}", message.text)}
+    return f"<answer>\\boxed{{{votes.pop()}}}</answer>" if len(votes) == 1 else "<answer>We disagree.</rethink>"
+
+
+def main(problems: str = "mixed", number: int = 96, seed: int = 0) -> None:
+    """The jury, beside the long model alone."""
+    console = Console()
+    juror = TransformersAgent(TransformersEngine.load(SHORT), temperature=1.0)
+    thinker = TransformersAgent(TransformersEngine.load(LONG), temperature=0.6)
+    team = {**dict.fromkeys(JURORS, juror), "clerk": ScriptedAgent(count_votes), "thinker": thinker}
+    alone = Solo("thinker", answer_after="</think>")
+    with MathGrader() as grader:
+        environment = open_environment(problems, grader, number=number, seed=seed)
+        runs = {
+            "jury": play_shown("jury", jury, team, environment, console, seed=seed, shown=3),
+            "long alone": play_shown("long alone", alone, team, environment, console, seed=seed),
+        }
+    console.print(comparison(runs, baseline="long alone", title=f"{number} problems of {environment.name}"))
+    console.print(levels(runs, title="Right, in how many tokens, by level"))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,60 @@
+"""One language model decides for itself whether to think, as Thinkless does, beside always and never thinking.
+
+    python examples/thinkless_math.py                                   # the tiny model that turnwise ships
+    python examples/thinkless_math.py --problems math500 --number 100 --model Vinnnf/Thinkless-1.5B-RL --device cuda
+
+Prints a few conversations as they happen, then a table: how often it thinks, what was right, in how many tokens, and
+the AES of each against always thinking.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from turnwise.agents.tiny import ROUTER
+from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
+from turnwise.analysis.tables import comparison, levels
+from turnwise.cli import open_environment, play_shown, run
+from turnwise.environments.math_grader import MathGrader
+from turnwise.protocols.thinkless import Thinkless
+
+
+def main(
+    problems: Annotated[str, typer.Option(help="easy, mixed or hard (arithmetic), a benchmark, or a file.")] = "mixed",
+    number: Annotated[int, typer.Option(help="How many problems.")] = 96,
+    seed: int = 0,
+    model: Annotated[str, typer.Option(help="A self-routing model: a folder or a hub id.")] = str(ROUTER),
+    device: str = "cpu",
+    temperature: float = 0.6,
+    think_tokens: Annotated[int, typer.Option(help="Budget of a thinking answer.")] = 768,
+    short_tokens: Annotated[int, typer.Option(help="Budget of a short answer.")] = 256,
+    shown: Annotated[int, typer.Option(help="How many conversations to print.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="Folder for the episodes; a stopped run goes on there.")] = None,
+) -> None:
+    """Thinkless on mathematics."""
+    console = Console()
+    with MathGrader() as grader:
+        environment = open_environment(problems, grader, number=number, seed=seed)
+        team = {"solver": TransformersAgent(TransformersEngine.load(model, device=device), temperature=temperature)}
+        protocols = {
+            "thinkless": Thinkless(short_tokens=short_tokens, think_tokens=think_tokens),
+            "always think": Thinkless(think_tokens=think_tokens, mode="think"),
+            "never think": Thinkless(short_tokens=short_tokens, mode="short"),
+        }
+        settings = {"model": model, "temperature": temperature}
+        runs = {
+            title: play_shown(
+                title, protocol, team, environment, console,
+                seed=seed, shown=shown if title == "thinkless" else 0, output=output, settings=settings,
+            )
+            for title, protocol in protocols.items()
+        }  # fmt: skip
+    console.print(comparison(runs, baseline="always think", title=f"{number} problems of {environment.name}"))
+    if len({problem.level for problem in environment.problems}) > 1:
+        console.print(levels(runs, title="Right, in how many tokens, by level"))
+
+
+if __name__ == "__main__":
+    run(main)

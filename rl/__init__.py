@@ -1,0 +1,1 @@
+"""Rollouts, the episode store, and training."""

@@ -1,0 +1,174 @@
+"""What the tiny models are taught: arithmetic conversations, played through the very protocols they will meet."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from turnwise.agents.chat import ChatTemplate
+from turnwise.environments.arithmetic import PROBLEM_SETS, Chain, apply, generate, parse_chain
+from turnwise.environments.problem import Problem
+from turnwise.environments.transcript import Reply, Step, Transcript, Turn
+from turnwise.protocols.long_short import SHORT_INSTRUCTION, LongShort
+from turnwise.protocols.protocol import ReasoningProtocol
+from turnwise.protocols.solo import Solo
+from turnwise.protocols.thinkless import Thinkless
+from turnwise.rl.trajectory import TokenSequence, join_turns
+
+Speaker = Callable[[Turn, Chain, int, random.Random], tuple[str, int]]
+"""Says a turn about a chain of which so many steps are done: the text, and how many are done after it."""
+
+LEVELS = PROBLEM_SETS["mixed"]
+# At once only the first level can be learnt to the end, so it is practised most.
+SHORT_LEVELS = (1, 1, 1, 1, 2, 2, 3, 4, 5, 6)
+CHECKED_SHARE = 0.6
+
+
+def thoughts(chain: Chain, first: int, last: int, rng: random.Random) -> str:
+    """Steps `first` to `last` of a chain, thought aloud one to a paragraph, many of them checked as real ones are."""
+    paragraphs = []
+    for index in range(first, last):
+        before = chain.digits[index - 1] if index else chain.start
+        operation, operand = chain.steps[index]
+        full, digit = apply(before, operation, operand), chain.digits[index]
+        paragraphs.append(f"Now {before}{operation}{operand}={full}, so the digit is {digit}.\n\n")
+        if rng.random() < CHECKED_SHARE:
+            paragraphs.append(f"Wait, let me check: {_check(before, operation, operand, digit)}.\n\n")
+    return "".join(paragraphs)
+
+
+def _check(before: int, operation: str, operand: int, digit: int) -> str:
+    if operation == "-":
+        return f"{digit}+{operand}={digit + operand}, which ends in {before}, good"
+    return f"{operand}{operation}{before}={apply(operand, operation, before)}, so {digit} again"
+
+
+def think_through(chain: Chain, rng: random.Random) -> str:
+    """A long answer: the question restated, every step, the chain once more, and the answer."""
+    restated = ", ".join(f"then {operation}{operand}" for operation, operand in chain.steps)
+    course = ", ".join(str(digit) for digit in [chain.start, *chain.digits])
+    return (
+        f"Okay, I need to take {chain.start}, {restated}, modulo 10.\n\n{thoughts(chain, 0, len(chain.steps), rng)}"
+        f"So the digits are {course}.\n\n</think>The answer is \\boxed{{{chain.digits[-1]}}}."
+    )
+
+
+def say_alone(turn: Turn, chain: Chain, done: int, rng: random.Random) -> tuple[str, int]:
+    """One turn alone: `<think>` and a long answer, `<short>` or `<answer>` and the digit at once."""
+    everything = len(chain.steps)
+    if turn.state == "route":
+        return rng.choice(("<short>", "<think>")), done
+    if turn.seat == "short":
+        return f"<answer> \\boxed{{{chain.digits[-1]}}}</answer>", everything
+    if turn.state == "short":
+        return f"The answer is \\boxed{{{chain.digits[-1]}}}.", everything
+    opening = "<think>" if turn.seat == "long" else ""
+    return opening + think_through(chain, rng), everything
+
+
+def say_together(turn: Turn, chain: Chain, done: int, rng: random.Random) -> tuple[str, int]:
+    """One turn of Long⊗Short: a step or two in long thoughts; or some in short ones, then the answer or a rethink."""
+    everything = len(chain.steps)
+    left = everything - done
+    if turn.seat == "long":
+        now = done + min(left, rng.choice((1, 1, 2)))
+        return f"<think>{thoughts(chain, done, now, rng)}</think>", now
+    forced = bool(turn.prefill)
+    now = done + (left if forced else min(left, rng.choice((1, 1, 2, 3, 6))))
+    steps = "".join(
+        f" {operation}{operand}→{digit}"
+        for (operation, operand), digit in zip(chain.steps[done:now], chain.digits[done:now], strict=True)
+    )
+    opening = "" if forced else "<answer>"
+    closing = f" \\boxed{{{chain.digits[-1]}}}</answer>" if now == everything else "</rethink>"
+    return opening + steps + closing, now
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """One kind of conversation: how often it is taught, who says what, which seats learn from it, at which levels."""
+
+    weight: float
+    protocol: ReasoningProtocol
+    say: Speaker
+    seats: tuple[str, ...]
+    levels: tuple[int, ...]
+
+
+ALONE_LONG, ALONE_SHORT = Solo("long"), Solo("short", stops=("</answer>",))
+# Told of a partner that has not spoken, as where a gate leaves the dialogue shut.
+UNAIDED_SHORT = Solo("short", instruction=SHORT_INSTRUCTION, stops=("</answer>",))
+ROUTED, BRIEF = Thinkless(), Thinkless(mode="short")
+TOGETHER, CUT_SHORT = LongShort(), LongShort(max_turns=2)
+
+LESSONS = {
+    "base": (
+        Lesson(0.25, ROUTED, say_alone, ("solver",), LEVELS),
+        Lesson(0.15, ALONE_LONG, say_alone, ("long",), LEVELS),
+        Lesson(0.24, TOGETHER, say_together, ("long", "short"), LEVELS),
+        Lesson(0.06, CUT_SHORT, say_together, ("long", "short"), LEVELS),
+        Lesson(0.10, ALONE_SHORT, say_alone, ("short",), SHORT_LEVELS),
+        Lesson(0.05, UNAIDED_SHORT, say_alone, ("short",), SHORT_LEVELS),
+        Lesson(0.15, BRIEF, say_alone, ("solver",), SHORT_LEVELS),
+    ),
+    "long": (
+        Lesson(0.5, ALONE_LONG, say_alone, ("long",), LEVELS),
+        Lesson(0.4, TOGETHER, say_together, ("long",), LEVELS),
+        Lesson(0.1, CUT_SHORT, say_together, ("long",), LEVELS),
+    ),
+    "short": (
+        Lesson(0.4, ALONE_SHORT, say_alone, ("short",), SHORT_LEVELS),
+        Lesson(0.2, UNAIDED_SHORT, say_alone, ("short",), SHORT_LEVELS),
+        Lesson(0.3, TOGETHER, say_together, ("short",), LEVELS),
+        Lesson(0.1, CUT_SHORT, say_together, ("short",), LEVELS),
+    ),
+    "router": (
+        Lesson(0.6, ROUTED, say_alone, ("solver",), LEVELS),
+        Lesson(0.4, BRIEF, say_alone, ("solver",), SHORT_LEVELS),
+    ),
+}
+
+
+def converse(
+    protocol: ReasoningProtocol, problem: Problem, say: Speaker, rng: random.Random
+) -> list[tuple[Turn, Reply]]:
+    """A conversation through the protocol itself, so that the models learn exactly what they will meet."""
+    transcript, chain, done, said = Transcript(problem), parse_chain(problem), 0, list[tuple[Turn, Reply]]()
+    while turns := protocol.next_turns(transcript):
+        (turn,) = turns
+        text, done = say(turn, chain, done, rng)
+        stop = next((tag for tag in turn.stops if text.endswith(tag)), None)
+        reply = Reply(text, 0, "stop" if stop else "end", stop)
+        said.append((turn, reply))
+        transcript = transcript.extended(Step(turn.seat, turn.state, reply, turn.prefill))
+    return said
+
+
+def tokenised(said: list[tuple[Turn, Reply]], template: ChatTemplate, seats: tuple[str, ...]) -> list[TokenSequence]:
+    """What `seats` said, as training sequences; a turn that no closing tag ended is taught its end of sequence."""
+    turns = []
+    for turn, reply in said:
+        if turn.seat in seats:
+            token_ids = template.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
+            ending = [] if reply.stop else [template.tokenizer.eos_token_id]
+            turns.append((template.prompt(turn), [*token_ids, *ending]))
+    return join_turns(turns)
+
+
+def lessons(role: str, template: ChatTemplate, seed: int) -> Iterator[TokenSequence]:
+    """An endless stream of training sequences for a role ("base", "long", "short" or "router")."""
+    rng = random.Random(f"lessons {role} {seed}")
+    taught = LESSONS[role]
+    streams = {lesson.levels: _problems(lesson.levels, seed) for lesson in taught}
+    while True:
+        (lesson,) = rng.choices(taught, weights=[lesson.weight for lesson in taught])
+        said = converse(lesson.protocol, next(streams[lesson.levels]), lesson.say, rng)
+        yield from tokenised(said, template, lesson.seats)
+
+
+def _problems(levels: tuple[int, ...], seed: int) -> Iterator[Problem]:
+    """Training problems without end. The first level has few, so every round draws them anew."""
+    round_ = 0
+    while True:
+        stream = generate("train", levels=levels, seed=1000 * seed + round_)
+        yield from (next(stream) for _ in range(2000))
+        round_ += 1

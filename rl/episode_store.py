@@ -1,0 +1,179 @@
+"""An append-only store of episodes that survives a kill and a full disk."""
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import orjson
+
+from turnwise.environments.environment import Grade, Outcome
+from turnwise.environments.episode import Episode
+from turnwise.environments.errors import InputError
+from turnwise.environments.problem import Problem
+from turnwise.environments.transcript import Reply, Step, Transcript
+
+FORMAT = 1
+
+
+class EpisodeStore:
+    """A folder with `run.json`, which says what run it holds, and `episodes.jsonl`, one episode a line.
+
+    Each episode is appended whole, in one write. A line that a kill or a full disk left torn is cut off when the store
+    is next opened, and its episode is played again. An episode that failed may be appended a second time: the last
+    one counts.
+
+    `run` is what must be equal for two runs to be the same one (protocol, models, problems, seed). Raises InputError
+    where the folder holds another run or something else, where another process is writing to it, and where an episode
+    cannot be written; those before it are safe.
+    """
+
+    def __init__(self, folder: str | Path, run: Mapping[str, str | int | float]) -> None:
+        self.folder = Path(folder)
+        self._claim(dict(run))
+        self._path = self.folder / "episodes.jsonl"
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._file)
+            raise InputError(
+                f"another process is writing to {self.folder}; wait for it or choose another folder"
+            ) from None
+        self._size = _whole_lines(self._file)
+        os.ftruncate(self._file, self._size)
+        self.ids = {episode.id for episode in read_episodes(self._path) if episode.error is None}
+
+    def append(self, episode: Episode) -> None:
+        """Writes one episode."""
+        line = encode(episode) + b"\n"
+        try:
+            written = os.write(self._file, line)
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+        except OSError as error:
+            os.ftruncate(self._file, self._size)
+            raise InputError(
+                f"cannot write to {self._path}: {error.strerror}; {len(self.ids)} episodes are safe: "
+                "make room and run the same command again"
+            ) from error
+        self._size += len(line)
+        if episode.error is None:
+            self.ids.add(episode.id)
+
+    def __iter__(self) -> Iterator[Episode]:
+        """Every episode, in the order in which they ended; of one that was played again, the last."""
+        latest = {episode.id: line for line, episode in enumerate(read_episodes(self._path))}
+        return (e for line, e in enumerate(read_episodes(self._path)) if latest[e.id] == line)
+
+    def close(self) -> None:
+        """Gives the folder back."""
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _claim(self, run: dict[str, str | int | float]) -> None:
+        described = self.folder / "run.json"
+        mine = orjson.loads(orjson.dumps({"format": FORMAT, **run}))
+        if described.exists():
+            held = read_run(self.folder)
+            different = sorted(key for key in held | mine if held.get(key) != mine.get(key))
+            if different:
+                told = ", ".join(f"{key}: {held.get(key)!r} there, {mine.get(key)!r} here" for key in different)
+                raise InputError(f"{self.folder} holds another run ({told}); choose another folder or remove it")
+            return
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise InputError(f"{self.folder} exists and holds no run; choose a new or an empty folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = described.with_suffix(".draft")
+        draft.write_bytes(orjson.dumps(mine, option=orjson.OPT_INDENT_2))
+        draft.rename(described)
+
+
+def read_run(folder: str | Path) -> dict[str, str | int | float]:
+    """What `run.json` of a store says."""
+    try:
+        run: dict[str, str | int | float] = orjson.loads((Path(folder) / "run.json").read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise InputError(f"{folder} holds no readable run.json: {error}") from None
+    return run
+
+
+def read_episodes(path: str | Path) -> Iterator[Episode]:
+    """The episodes of an `episodes.jsonl`, one at a time. Raises InputError, with the line, for a damaged one."""
+    with Path(path).open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield decode(line)
+            except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise InputError(f"line {number} of {path} is damaged: {error}; remove that line") from None
+
+
+def encode(episode: Episode) -> bytes:
+    """One line of JSON. Of each prompt only what the seat has not read or said before is written."""
+    said: dict[str, tuple[int, ...]] = {}
+    steps = []
+    for step in episode.transcript.steps:
+        reply, before = step.reply, said.get(step.seat, ())
+        prompt = reply.prompt_token_ids
+        shared = len(before) if before and prompt[: len(before)] == before else 0
+        if reply.token_ids:
+            said[step.seat] = prompt + reply.token_ids
+        steps.append({
+            "seat": step.seat, "state": step.state, "prefill": step.prefill, "text": reply.text,
+            "token_count": reply.token_count, "finish": reply.finish, "stop": reply.stop,
+            "prompt_shared": shared, "prompt_token_ids": prompt[shared:], "token_ids": reply.token_ids,
+            "log_probabilities": reply.log_probabilities, "tokenizer": reply.tokenizer, "model": reply.model,
+            "version": reply.version,
+        })  # fmt: skip
+    return orjson.dumps({
+        "id": episode.id, "sample": episode.sample, "seed": episode.seed, "grade": episode.grade,
+        "error": episode.error, "problem": episode.transcript.problem, "steps": steps,
+    })  # fmt: skip
+
+
+def decode(line: bytes) -> Episode:
+    """The episode that `encode` wrote, equal to the one that was written."""
+    record = orjson.loads(line)
+    said: dict[str, tuple[int, ...]] = {}
+    steps = []
+    for step in record["steps"]:
+        token_ids = tuple(step["token_ids"])
+        prompt = said.get(step["seat"], ())[: step["prompt_shared"]] + tuple(step["prompt_token_ids"])
+        if token_ids:
+            said[step["seat"]] = prompt + token_ids
+        reply = Reply(
+            text=step["text"], token_count=step["token_count"], finish=step["finish"], stop=step["stop"],
+            token_ids=token_ids, log_probabilities=tuple(step["log_probabilities"]), prompt_token_ids=prompt,
+            tokenizer=step["tokenizer"], model=step["model"], version=step["version"],
+        )  # fmt: skip
+        steps.append(Step(step["seat"], step["state"], reply, step["prefill"]))
+    problem = record["problem"]
+    problem = Problem(
+        id=problem["id"], question=problem["question"], answer=problem["answer"], level=problem["level"],
+        subject=problem["subject"], solution=problem["solution"], choices=tuple(problem["choices"]),
+    )  # fmt: skip
+    grade = record["grade"] and Grade(Outcome(record["grade"]["outcome"]), record["grade"]["answer"])
+    return Episode(Transcript(problem, tuple(steps)), record["sample"], record["seed"], grade, record["error"])
+
+
+def _whole_lines(file: int) -> int:
+    """The number of bytes up to the end of the last whole line."""
+    end = os.lseek(file, 0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - 65536)
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0

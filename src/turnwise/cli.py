@@ -1,0 +1,107 @@
+"""What the command line and the examples share: problems by name, progress to watch, and one-line errors."""
+
+import asyncio
+import hashlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from turnwise.environments.arithmetic import PROBLEM_SETS, arithmetic
+from turnwise.environments.environment import Environment, Grader
+from turnwise.environments.episode import Episode
+from turnwise.environments.errors import InputError
+from turnwise.protocols.graph import GraphProtocol
+from turnwise.rl.episode_store import EpisodeStore
+from turnwise.rl.rollout import Team, in_order, rollout
+
+SEAT_STYLES = ("cyan", "yellow", "green", "magenta", "blue")
+
+
+def run(main: Callable[..., None]) -> None:
+    """Runs a script's `main` with its flags. What a user must mend is one line on stderr, and exit code 2."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    try:
+        app()
+    except InputError as error:
+        Console(stderr=True, soft_wrap=True).print(Text(f"error: {error}", style="red"))
+        sys.exit(2)
+
+
+def open_environment(problems: str, grader: Grader, *, number: int, seed: int) -> Environment:
+    """An arithmetic problem set, a benchmark by its name, or a local JSONL, JSON or Parquet file.
+
+    Raises InputError for anything else, for a file that cannot be read, and for a number below 1.
+    """
+    if number < 1:
+        raise InputError(f"the number of problems must be at least 1; got {number}")
+    if problems in PROBLEM_SETS:
+        return arithmetic(grader, problem_set=problems, count=number, seed=seed)
+    from turnwise.environments.benchmarks import load_problems  # the datasets package: only where it is needed
+
+    loaded = load_problems(problems, limit=number)
+    if loaded.dropped:
+        Console(stderr=True).print(f"{len(loaded.dropped)} problems left out, since their gold answer does not parse")
+    return Environment(problems, loaded.problems, grader)
+
+
+def play_shown(
+    title: str,
+    protocol: GraphProtocol,
+    team: Team,
+    environment: Environment,
+    console: Console,
+    *,
+    seed: int = 0,
+    shown: int = 0,
+    output: Path | None = None,
+    settings: dict[str, str | int | float] | None = None,
+) -> list[Episode]:
+    """Plays every problem once under a progress bar, and prints the first `shown` conversations as they end.
+
+    With an `output` folder the episodes are kept in a subfolder named after `title`; what is there already is not
+    played again. `settings` is what, besides protocol, problems and seed, must be equal for that.
+    """
+    graph = hashlib.blake2b(protocol.graph.model_dump_json().encode(), digest_size=8).hexdigest()
+    played = {"protocol": type(protocol).__name__, "graph": graph, "problems": environment.name}
+    store = EpisodeStore(output / title.replace(" ", "-"), {**played, "seed": seed, **(settings or {})}) if output else None
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    episodes = list(store) if store else []
+
+    async def watch() -> None:
+        nonlocal shown
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(title, total=len(environment.problems), completed=len(episodes))
+            async for episode in rollout(protocol, team, environment, seed=seed, store=store):
+                episodes.append(episode)
+                progress.advance(task)
+                if shown > 0:
+                    console.print(conversation(episode))
+                    shown -= 1
+
+    try:
+        asyncio.run(watch())
+    finally:
+        if store:
+            store.close()
+    return in_order(environment, [e for e in episodes if e.transcript.problem in environment.problems])
+
+
+def conversation(episode: Episode) -> Panel:
+    """One episode as people would read it: the problem, who said what, and how it was graded."""
+    seats = list(dict.fromkeys(step.seat for step in episode.transcript.steps))
+    parts = [Text(episode.transcript.problem.statement, style="bold")]
+    for step in episode.transcript.steps:
+        style = SEAT_STYLES[seats.index(step.seat) % len(SEAT_STYLES)]
+        parts.append(Text(f"{step.seat}: ", style=f"bold {style}").append(step.text.strip(), style=style))
+    gold = episode.transcript.problem.answer
+    verdict = f"{episode.grade.outcome}, the answer is {gold}" if episode.grade else f"failed: {episode.error}"
+    verdict += f" ({episode.transcript.token_count} tokens)"
+    parts.append(Text(verdict, style="green" if episode.right else "red"))
+    return Panel(Group(*parts), title=episode.id, title_align="left", border_style="dim")
