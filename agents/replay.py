@@ -13,23 +13,26 @@ class ReplayAgent(Agent):
     """Replies as stored episodes did at the same turn: of the same run seed, problem, sample and place in the dialogue.
 
     One agent can fill every seat. Raises InputError for a turn that no stored episode holds, and for one that another
-    seat took there.
+    seat took there, or the same one in another state of the protocol.
     """
 
     def __init__(self, episodes: Iterable[Episode]) -> None:
-        self._replies = {
-            turn_seed(episode.seed, episode.transcript.problem.id, episode.sample, place): (step.seat, step.reply)
+        self._steps = {
+            turn_seed(episode.seed, episode.transcript.problem.id, episode.sample, place): step
             for episode in episodes
             for place, step in enumerate(episode.transcript.steps)
         }
 
     async def reply(self, turn: Turn, seed: int) -> Reply:
         """The stored reply of the turn whose seed this is."""
-        seat, reply = self._replies.get(seed, (None, None))
-        if reply is None:
+        step = self._steps.get(seed)
+        if step is None:
             raise InputError(
                 f"no stored episode holds this turn of seat {turn.seat!r}: replay the same problems with the same seed"
             )
-        if seat != turn.seat:
-            raise InputError(f"the stored turn is of seat {seat!r}, not {turn.seat!r}: replay the same protocol")
-        return reply
+        if (step.seat, step.state) != (turn.seat, turn.state):
+            raise InputError(
+                f"the stored turn is of seat {step.seat!r} in state {step.state!r}, not of {turn.seat!r} in "
+                f"{turn.state!r}: replay the same protocol"
+            )
+        return step.reply

@@ -13,6 +13,7 @@ _WORD = re.compile(r"\s*\S+")
 class ScriptedAgent(Agent):
     """Says the lines of `script`, one a turn of its seat, or whatever a function `script(turn, seed)` returns.
 
+    Which line is next follows from the turn alone: it is as many lines on as the turn shows replies of this seat.
     A text is cut behind the first of the turn's closing tags and at the turn's budget, as an engine's would be; a word
     with the space before it counts as one token. A function may return a `Reply` of its own instead.
     """

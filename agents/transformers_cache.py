@@ -19,10 +19,11 @@ class KeyValues(Cache):
     last one, and leaves by having the last one moved onto it. `aim` says where the next forward pass writes.
     """
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, limit: tuple[int, int]) -> None:
         super().__init__(layers=[])
         self.layer_buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._layers = layers
+        self.limit = limit
         self.capacity = (0, 0)
 
     def aim(self, rows: slice, positions: torch.Tensor, columns: int) -> None:
@@ -31,14 +32,15 @@ class KeyValues(Cache):
         self._index = torch.arange(rows.start, rows.stop, device=positions.device)[:, None]
 
     def reserve(self, rows: int, columns: int) -> None:
-        """Make room, doubling, so that the copies stay rare."""
-        if rows > self.capacity[0] or columns > self.capacity[1]:
-            old_rows, old_columns = self.capacity
+        """Make room, doubling up to the limit, so that the copies stay rare."""
+        old_rows, old_columns = self.capacity
+        if rows > old_rows or columns > old_columns:
             self.capacity = (
-                old_rows if rows <= old_rows else max(rows, 2 * old_rows),
-                old_columns if columns <= old_columns else max(columns, 2 * old_columns),
+                old_rows if rows <= old_rows else max(rows, min(2 * old_rows, self.limit[0])),
+                old_columns if columns <= old_columns else max(columns, min(2 * old_columns, self.limit[1])),
             )
-            self.layer_buffers = [(self._grown(keys), self._grown(values)) for keys, values in self.layer_buffers]
+            for layer, (keys, values) in enumerate(self.layer_buffers):
+                self.layer_buffers[layer] = (self._grown(keys), self._grown(values))
 
     def _grown(self, old: torch.Tensor) -> torch.Tensor:
         # Zeros, since a masked column still enters the weighted sum, and 0 x NaN is NaN.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from turnwise.agents.chat import ChatTemplate
@@ -68,7 +68,7 @@ class Batch:
         self._stale = True
         self._engine = engine
         self._device = engine.model.device
-        self._cache = KeyValues(engine._layers)
+        self._cache = KeyValues(engine._layers, limit=(engine.max_running, engine.context))
         self.loop = loop
         self.task = loop.create_task(self._run())
 
@@ -136,7 +136,8 @@ class Batch:
         rows = [row for row, _ in joining]
         self._rows.extend(rows)
         self._stale = True
-        self._take(first, *self._sampler_of(rows)(logits, np.zeros(len(rows), dtype=np.uint64)))
+        counts = torch.zeros(len(rows), dtype=torch.long, device=self._device)
+        self._take(first, *self._sampler_of(rows)(logits, counts))
 
     def _sampler_of(self, rows: Sequence[Row]) -> Sampler:
         return Sampler(
@@ -149,7 +150,7 @@ class Batch:
         self._longest, self._alike = max(lengths), min(lengths) == max(lengths)
         self._lengths = torch.tensor(lengths, device=self._device)
         self._tokens = torch.tensor([row.ids[-1] for row in self._rows], device=self._device)
-        self._counts = np.array([len(row.ids) for row in self._rows], dtype=np.uint64)
+        self._counts = torch.tensor([len(row.ids) for row in self._rows], device=self._device)
         self._sampler = self._sampler_of(self._rows)
         self._stale = False
 
@@ -161,7 +162,7 @@ class Batch:
         logits = self._forward(self._tokens[:, None], self._lengths[:, None], 0, columns, self._alike)
         self._tokens, log_probabilities = self._sampler(logits, self._counts)
         self._lengths = self._lengths + 1
-        self._counts += np.uint64(1)
+        self._counts = self._counts + 1
         self._longest += 1
         self._take(0, self._tokens, log_probabilities)
 
@@ -279,21 +280,27 @@ class TransformersEngine:
         max_running: int = 64,
         prefix_tokens: int = PREFIX_TOKENS,
     ) -> "TransformersEngine":
-        """Loads a checkpoint folder or a model of the Hugging Face hub, in `dtype` or else the one it was saved in."""
-        if isinstance(path, Path) or path.startswith((".", "/", "~")):
+        """Loads a checkpoint folder or a model of the Hugging Face hub.
+
+        `dtype` is by default float32 on a CPU, where half precision is slow, and the saved one elsewhere.
+        """
+        if isinstance(path, Path) or path.startswith((".", "/", "~")) or Path(path).is_dir():
             path = Path(path).expanduser()
             if not path.is_dir():
                 raise InputError(f"a model must be a checkpoint folder or a hub id; there is no folder {path}")
+        target = torch.device(device)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype or (torch.float32 if target.type == "cpu" else "auto")
+            )
+            tokenizer = load_tokenizer(path)
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise InputError(
                 f"cannot load a model and its tokenizer from {path} ({reason}): give the folder that save_pretrained "
                 "wrote for both, or the id of a model on the Hugging Face hub"
             ) from error
-        model.to(torch.device(device))  # type: ignore[arg-type]
+        model.to(target)  # type: ignore[arg-type]
         return cls(model, tokenizer, name=str(path), max_running=max_running, prefix_tokens=prefix_tokens)
 
     @property
@@ -357,6 +364,19 @@ class TransformersEngine:
                 raise RuntimeError("an engine serves one event loop at a time; another one is using it now")
             batch = self._batch = Batch(self, loop)
         batch.waiting.append(row)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint, exactly as its tokenizer.json says.
+
+    AutoTokenizer splits text by the rules of the model's type instead: in a folder of a Qwen2 whose tokenizer is not
+    Qwen's (a DeepSeek-R1-Distill's, say) it silently gives other token ids than those that the model was trained on.
+    """
+    # transformers would make an empty tokenizer up.
+    if isinstance(path, Path) and not (path / "tokenizer.json").exists():
+        raise ValueError("it holds no tokenizer.json; call tokenizer.save_pretrained for this folder")
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(path)
+    return tokenizer
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -59,8 +59,8 @@ def summarise(episodes: Iterable[Episode]) -> Summary:
 
 
 def by_level(episodes: Sequence[Episode]) -> dict[int, Summary]:
-    """A summary for each level of difficulty, in order."""
-    levels = sorted({episode.transcript.problem.level for episode in episodes})
+    """A summary for each level of difficulty of which an episode finished, in order."""
+    levels = sorted({episode.transcript.problem.level for episode in episodes if episode.grade is not None})
     return {level: summarise(e for e in episodes if e.transcript.problem.level == level) for level in levels}
 
 

@@ -14,11 +14,13 @@ import asyncio
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
 from turnwise.agents.transformers_agent import TransformersEngine
 
 VOCABULARY = 400
@@ -49,17 +51,22 @@ def tiny() -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
 def requests(count: int, mixed: bool) -> list[Request]:
     random = np.random.default_rng(0)
     return [
-        (random.integers(0, VOCABULARY, random.integers(60, 300)).tolist(), int(random.integers(8, 121)) if mixed else 64)
+        (
+            random.integers(0, VOCABULARY, random.integers(60, 300)).tolist(),
+            int(random.integers(8, 121)) if mixed else 64,
+        )
         for _ in range(count)
     ]
 
 
-def generate(model: Qwen2ForCausalLM, asked: list[Request]) -> None:
-    width = max(len(prompt) for prompt, _ in asked)
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt, _ in asked])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in asked])
-    longest = max(tokens for _, tokens in asked)
-    model.generate(ids, attention_mask=mask, max_new_tokens=longest, do_sample=True, top_k=0, pad_token_id=0)
+def generate(model: Qwen2ForCausalLM, asked: list[Request], running: int) -> None:
+    for start in range(0, len(asked), running):
+        batch = asked[start : start + running]
+        width = max(len(prompt) for prompt, _ in batch)
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt, _ in batch])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in batch])
+        longest = max(tokens for _, tokens in batch)
+        model.generate(ids, attention_mask=mask, max_new_tokens=longest, do_sample=True, top_k=0, pad_token_id=0)
 
 
 def sample(engine: TransformersEngine, asked: list[Request]) -> None:
@@ -75,12 +82,14 @@ def sample(engine: TransformersEngine, asked: list[Request]) -> None:
 
 
 def converse(engine: TransformersEngine, asked: list[Request]) -> None:
-    """Four turns of 32 tokens each, between them 30 tokens of a partner."""
+    """Four turns of 32 tokens each, between them 30 tokens of a partner; nothing is known from an earlier run."""
+    engine.version += 1
 
     async def episode(seed: int, prompt: list[int]) -> None:
+        heard = prompt[:30]
         for turn in range(4):
             reply = await engine.sample(prompt, stops=(), max_tokens=32, seed=4 * seed + turn)
-            prompt = [*reply.prompt_token_ids, *reply.token_ids, *prompt[:30]]
+            prompt = [*reply.prompt_token_ids, *reply.token_ids, *heard]
 
     async def run() -> None:
         await asyncio.gather(*(episode(seed, prompt) for seed, (prompt, _) in enumerate(asked)))
@@ -102,7 +111,7 @@ def versus(ours: Callable[[], None], theirs: Callable[[], None], repetitions: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -113,11 +122,8 @@ def main() -> None:
         engine = TransformersEngine(model, tokenizer, max_running=running)
         for mixed in (False, True):
             asked = requests(WAVES * running, mixed)
-            batches = [asked[start : start + running] for start in range(0, len(asked), running)]
             ours, theirs = versus(
-                lambda engine=engine, asked=asked: sample(engine, asked),
-                lambda batches=batches: [generate(model, batch) for batch in batches],
-                arguments.repetitions,
+                partial(sample, engine, asked), partial(generate, model, asked, running), arguments.repetitions
             )
             tokens = sum(count for _, count in asked)
             label = "mixed" if mixed else "equal"
@@ -125,16 +131,9 @@ def main() -> None:
     print("\nrunning  4-turn episodes: prefix reuse, speed against none   prompt tokens reused")
     for running in (1, 16, 128):
         asked = requests(max(4, running), mixed=False)
-        plain = TransformersEngine(model, tokenizer, max_running=running)
-        keeping = TransformersEngine(model, tokenizer, max_running=running, prefix_tokens=100_000)
-
-        def reuse(keeping: TransformersEngine = keeping, asked: list[Request] = asked) -> None:
-            keeping.version += 1  # forgets: each repetition starts cold
-            converse(keeping, asked)
-
-        ours, theirs = versus(
-            reuse, lambda plain=plain, asked=asked: converse(plain, asked), arguments.repetitions
-        )
+        plain = TransformersEngine(model, tokenizer, max_running=running, prefix_tokens=0)
+        keeping = TransformersEngine(model, tokenizer, max_running=running)
+        ours, theirs = versus(partial(converse, keeping, asked), partial(converse, plain, asked), arguments.repetitions)
         share = keeping.prefix_tokens_reused / keeping.prompt_tokens
         print(f"{running:7}  {theirs / ours:47.2f} {share:22.0%}")
 

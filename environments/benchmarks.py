@@ -1,5 +1,6 @@
 """Benchmarks from the Hugging Face hub, and problems from any local JSONL, JSON or Parquet file, by `datasets`."""
 
+import glob
 import json
 import random
 import re
@@ -90,9 +91,7 @@ AIME_2024 = Benchmark(
     columns=Columns(id="id", solution="solution"),
 )
 AIME_2025 = Benchmark(name="aime-2025", repository="math-ai/aime25", split="test", columns=Columns(id="id"))
-AMC_2023 = Benchmark(
-    name="amc-2023", repository="math-ai/amc23", split="test", columns=Columns(question="question", id="id")
-)
+AMC_2023 = Benchmark(name="amc-2023", repository="math-ai/amc23", split="test", columns=Columns(question="question"))
 _MATH_COLUMNS = Columns(answer="solution", solution="solution", level="level", subject="type", gold="boxed")
 MINERVA_ALGEBRA = Benchmark(
     name="minerva-algebra",
@@ -191,7 +190,11 @@ def _load_file(path: Path) -> Dataset:
     with TemporaryDirectory() as cache:
         try:
             return load_dataset(
-                _FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
+                _FORMATS[path.suffix],
+                data_files=glob.escape(str(path)),
+                split="train",
+                cache_dir=cache,
+                keep_in_memory=True,
             )
         except Exception as error:  # what `datasets` raises for a bad file depends on where it notices
             raise InputError(_explain(path, error)) from error
@@ -228,9 +231,13 @@ def _read(table: Dataset, columns: Columns, name: str, source: str, limit: int |
                 f"{source} has no column {column!r} for {field}; it has {there}; say which in Columns({field}=...)"
             )
     rows = table if limit is None else table.select(range(min(limit, len(table))))
-    problems = [_problem(row, columns, name, index, source) for index, row in enumerate(rows)]
-    if not problems:
+    try:
+        cells = [_cells(row, columns, f"{source}, row {index}") for index, row in enumerate(rows)]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source} is not in UTF-8: {error.reason}; save it in that encoding") from error
+    if not cells:
         raise InputError(f"{source} is empty; it should hold at least one problem")
+    problems = [_problem(texts, columns, name, index) for index, texts in enumerate(cells)]
     _check_ids(problems, columns, source)
     with MathGrader() as grader:
         dropped = grader.unparsable_golds(problems)
@@ -256,31 +263,34 @@ def _check_ids(problems: Iterable[Problem], columns: Columns, source: str) -> No
         seen.add(problem.id)
 
 
-def _problem(row: Mapping[str, object], columns: Columns, name: str, index: int, source: str) -> Problem:
-    for column, value in row.items():
-        if isinstance(value, list | dict) and column in _named(columns):
-            raise InputError(
-                f"{source}, row {index}: column {column!r} holds a {type(value).__name__}; expected text or a number"
-            )
-    needed = [
-        columns.question,
-        columns.id,
-        *([columns.answer, *columns.wrong_choices] if columns.wrong_choices else []),
-    ]
-    for column in needed:
-        if column is not None and not _text(row, column):
-            raise InputError(f"{source}, row {index}: nothing in column {column!r}; mend or remove the row")
-    id_ = f"{name}-{_text(row, columns.id) if columns.id else index}"
-    answer = _gold(_text(row, columns.answer), columns.gold)
-    solution, choices = _text(row, columns.solution), tuple[str, ...]()
+def _cells(row: Mapping[str, object], columns: Columns, place: str) -> dict[str, str]:
+    """The text in each named column of a row. Which gold answers are missing is found out later, all at once."""
+    texts = {}
+    for column, field in _named(columns).items():
+        value = row[column]
+        if isinstance(value, list | dict):
+            raise InputError(f"{place}: column {column!r} holds a {type(value).__name__}; expected text or a number")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # a column of whole numbers with a gap in it is read as one of floats
+        texts[column] = "" if value is None else str(value).strip()
+        needed = field in ("question", "id", "wrong_choices") or (field == "answer" and columns.wrong_choices)
+        if needed and not texts[column]:
+            raise InputError(f"{place}: nothing in column {column!r}, the {field}; mend or remove the row")
+    return texts
+
+
+def _problem(texts: Mapping[str, str], columns: Columns, name: str, index: int) -> Problem:
+    id_ = f"{name}-{texts[columns.id] if columns.id else index}"
+    answer, solution = _gold(texts[columns.answer], columns.gold), texts.get(columns.solution or "", "")
+    choices: tuple[str, ...] = ()
     if columns.wrong_choices:
-        answer, choices = _shuffled(id_, [answer, *(_text(row, column) for column in columns.wrong_choices)])
+        answer, choices = _shuffled(id_, [answer, *(texts[column] for column in columns.wrong_choices)])
     return Problem(
         id=id_,
-        question=_text(row, columns.question),
+        question=texts[columns.question],
         answer=answer,
-        level=_level(_text(row, columns.level)),
-        subject=_text(row, columns.subject),
+        level=_level(texts.get(columns.level or "", "")),
+        subject=texts.get(columns.subject or "", ""),
         solution=without_annotations(solution) if columns.gold == "marked" else solution,
         choices=choices,
     )
@@ -299,13 +309,6 @@ def _gold(text: str, gold: str) -> str:
     if gold == "boxed":
         return last_boxed(text) or ""
     return text
-
-
-def _text(row: Mapping[str, object], column: str | None) -> str:
-    value = row[column] if column else None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a column of whole numbers with a gap in it is read as one of floats
-    return "" if value is None else str(value).strip()
 
 
 def _level(text: str) -> int:

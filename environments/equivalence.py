@@ -28,7 +28,8 @@ _TEXT_AT_END = re.compile(rf"(?<=\S)(?:\s|\\[ ,])*{_TEXT.pattern}(?:\^\{{?[23]\}
 _WORDS_AT_END = re.compile(r"(?<=[0-9}])\s+([A-Za-z ]+)$")
 _SHORT_UNITS = {"cm", "mm", "km", "kg", "ft", "lb", "oz"}
 _NOT_UNITS = re.compile(
-    r"(?i)\b(?:hundred|thousand|[mbtr]+illion|dozen|and|or|plus|minus|times|p\.?m|a\.?m)\b|[^\w\s./-]"
+    r"(?i)\b(?:hundred|thousand|[mbtr]+illion|dozen|percent\w*|[ap]\.?m|and|or|plus|minus|times|squared|cubed|factorial|mod"
+    r"|alpha|beta|gamma|delta|theta|lambda|mu|phi|psi|omega|sqrt|sin|cos|tan|log|exp|inf\w*)\b|[^\w\s./-]"
 )
 _BASE = re.compile(r"-?[0-9][0-9A-Za-z,.]*_\{?([0-9]+)\}?")
 _ADJACENT_NUMBERS = re.compile(r"frac\s*[0-9]\s*[0-9]|([0-9](?:\s|~|\\[ ,;:!])+[0-9])")

@@ -26,7 +26,8 @@ class MathGrader(Grader):
 
     `extract` finds the answer in the text: `last_boxed`, or for example `functools.partial(last_marked, marker="A:")`.
     Worker processes start with the first answer that needs them; `close` ends them. What holds for scripts and threads
-    is said at `KillablePool`. At most `workers` answers that never come to an end delay others, by `seconds` at most.
+    is said at `KillablePool`. An answer that never comes to an end holds one worker for `seconds`; the other workers go
+    on, so that the rest waits only where there are as many such answers at once as workers.
     """
 
     def __init__(

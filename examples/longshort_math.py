@@ -1,7 +1,7 @@
 """Two language models solve problems together by Long⊗Short, beside each of them alone.
 
     python examples/longshort_math.py                                   # the tiny models that turnwise ships
-    python examples/longshort_math.py --problems math500 --number 100 \\
+    python examples/longshort_math.py --problems math-500 --number 100 \\
         --long deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --short Qwen/Qwen2.5-7B-Instruct --device cuda
 
 Prints a few conversations as they happen, then a table: what was right, in how many tokens, and the AES of each
@@ -34,6 +34,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Budget of each turn; alone, the long model has four.")] = 512,
     shown: Annotated[int, typer.Option(help="How many conversations to print.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Folder for the episodes; a stopped run goes on there.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write accuracy over tokens to this PNG.")] = None,
 ) -> None:
     """Long⊗Short on mathematics."""
     console = Console()
@@ -58,6 +59,10 @@ def main(
     console.print(comparison(runs, baseline="long alone", title=f"{number} problems of {environment.name}"))
     if len({problem.level for problem in environment.problems}) > 1:
         console.print(levels(runs, title="Right, in how many tokens, by level"))
+    if plot:
+        from turnwise.analysis.plots import accuracy_over_tokens  # matplotlib: only where it is asked for
+
+        accuracy_over_tokens(runs, plot, title=f"{number} problems of {environment.name}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One language model decides for itself whether to think, as Thinkless does, beside always and never thinking.
 
     python examples/thinkless_math.py                                   # the tiny model that turnwise ships
-    python examples/thinkless_math.py --problems math500 --number 100 --model Vinnnf/Thinkless-1.5B-RL --device cuda
+    python examples/thinkless_math.py --problems math-500 --number 100 --model Vinnnf/Thinkless-1.5B-RL --device cuda
 
 Prints a few conversations as they happen, then a table: how often it thinks, what was right, in how many tokens, and
 the AES of each against always thinking.
@@ -32,6 +32,7 @@ def main(
     short_tokens: Annotated[int, typer.Option(help="Budget of a short answer.")] = 256,
     shown: Annotated[int, typer.Option(help="How many conversations to print.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Folder for the episodes; a stopped run goes on there.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write accuracy over tokens to this PNG.")] = None,
 ) -> None:
     """Thinkless on mathematics."""
     console = Console()
@@ -54,6 +55,10 @@ def main(
     console.print(comparison(runs, baseline="always think", title=f"{number} problems of {environment.name}"))
     if len({problem.level for problem in environment.problems}) > 1:
         console.print(levels(runs, title="Right, in how many tokens, by level"))
+    if plot:
+        from turnwise.analysis.plots import accuracy_over_tokens  # matplotlib: only where it is asked for
+
+        accuracy_over_tokens(runs, plot, title=f"{number} problems of {environment.name}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Debate (Du et al., arXiv 2305.14325) and a panel with a chair (Wang et al., arXiv 2406.04692)."""
 
+from turnwise.environments.errors import InputError
 from turnwise.protocols.graph import GraphProtocol, State, TurnGraph
 from turnwise.protocols.rewards import Correctness, RewardSum
 
@@ -24,6 +25,8 @@ class Debate(GraphProtocol):
         max_tokens: int = 1024,
         reward: RewardSum = DEFAULT_REWARD,
     ) -> None:
+        if rounds < 1:
+            raise InputError(f"a debate has at least one round; got {rounds}")
         names = [f"round {number}" for number in range(1, rounds + 1)]
         states = {
             name: State(seat=debaters, then=following, max_tokens=max_tokens, ask="" if name == names[0] else _REVISE)

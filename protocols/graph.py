@@ -81,21 +81,31 @@ class TurnGraph(BaseModel):
                 graph.add_edge(name, target, tag=tag)
         return graph
 
+    def entered(self, name: str, visits: int) -> str:
+        """The state that is entered where `name` is due after `visits` others: at the cap `final`, and beyond it END.
+
+        A state that can only end the dialogue needs no `final` in its place.
+        """
+        if name == END or self.max_turns is None or visits < self.max_turns - 1:
+            return name
+        if visits >= self.max_turns:
+            return END
+        return name if self.final is None or self._ends(name) else self.final
+
     def worst_case(self) -> tuple[int, int]:
         """The most turns, and the most sampled tokens, that one dialogue can take."""
-        visits = self.max_turns or len(self.states)
-        turns = tokens = dict.fromkeys([*self.states, END], 0)
-        for left in range(1, visits + 1):
-            forced = left == 1 and self.final is not None
-            names = {name: self.final if forced and visits > 1 and self.final else name for name in self.states}
-            states = {name: self.states[target] for name, target in names.items()}
-            turns = {n: len(s.seats) + max(turns[t] for t in s.successors().values()) for n, s in states.items()}
-            tokens = {
-                n: len(s.seats) * s.max_tokens + max(tokens[t] for t in s.successors().values())
-                for n, s in states.items()
-            }
-            turns[END] = tokens[END] = 0
-        return turns[self.start], tokens[self.start]
+        worst = dict.fromkeys([*self.states, END], (0, 0))
+        for visits in reversed(range(self.max_turns or len(self.states))):
+            later, worst = worst, {END: (0, 0)}
+            for name in self.states:
+                state = self.states[self.entered(name, visits)]
+                turns, tokens = zip(*(later[target] for target in state.successors().values()), strict=True)
+                seats = len(state.seats)
+                worst[name] = seats + max(turns), seats * state.max_tokens + max(tokens)
+        return worst[self.start]
+
+    def _ends(self, name: str) -> bool:
+        return set(self.states[name].successors().values()) == {END}
 
     @model_validator(mode="after")
     def _check(self) -> "TurnGraph":
@@ -139,7 +149,9 @@ class TurnGraph(BaseModel):
     def _tags(self) -> str | None:
         for name, state in self.states.items():
             if len(state.seats) > 1 and state.closes:
-                return f"state {name!r} has simultaneous seats, which cannot each choose what follows; use then, not closes"
+                return (
+                    f"state {name!r} is for several seats, which cannot each choose what follows; use then, not closes"
+                )
             for tag in state.closes:
                 if not tag.strip():
                     return f"state {name!r} has an empty closing tag; use then for a turn that ends without one"
@@ -155,7 +167,7 @@ class TurnGraph(BaseModel):
             return f"state(s) {lost} cannot be reached from {self.start!r}; lead to them or remove them"
         if endless := [name for name in self.states if not nx.has_path(graph, name, END)]:
             return f"state(s) {endless} cannot end: no path leads to END; give one a tag, or then, that does"
-        if self.final and set(self.states[self.final].successors().values()) != {END}:
+        if self.final and not self._ends(self.final):
             return (
                 f"final state {self.final!r} must end the dialogue, but leads to {self.states[self.final].successors()}"
             )
@@ -170,7 +182,9 @@ class TurnGraph(BaseModel):
                 return f"states {cycle} form a loop, so that a dialogue need not end; set max_turns"
         if self.token_limit is not None and (worst := self.worst_case()[1]) > self.token_limit:
             costly = max(self.states, key=lambda name: self.states[name].max_tokens)
-            return f"at worst {worst} tokens are sampled, over token_limit {self.token_limit}; state {costly!r} may take most"
+            return (
+                f"at worst {worst} tokens are sampled, over token_limit {self.token_limit}; {costly!r} takes the most"
+            )
         return None
 
 
@@ -182,17 +196,16 @@ class GraphProtocol(ReasoningProtocol):
         self.reward = reward
         self.seats = tuple(graph.seats)
         # Read at every turn of every episode, where computing them anew from the graph would show.
-        self._moves = {
-            name: (len(state.seats), dict[str | None, str](state.closes), state.then)
-            for name, state in graph.states.items()
-        }
-        self._seats = {name: state.seats for name, state in graph.states.items()}
+        self._moves = {name: (len(state.seats), state.successors(), state.then) for name, state in graph.states.items()}
+        self._speakers = {name: state.seats for name, state in graph.states.items()}
         self._stops = {name: tuple(state.closes) for name, state in graph.states.items()}
         self._closings = {name: state.missing_closing() for name, state in graph.states.items()}
         self._instructions = {seat: [Message("system", text)] if text else [] for seat, text in graph.seats.items()}
-        self._forced = {graph.max_turns: END} if graph.max_turns else {}
-        if graph.max_turns and graph.final:
-            self._forced[graph.max_turns - 1] = graph.final
+        last = graph.max_turns or 0
+        self._capped = {
+            visits: {name: graph.entered(name, visits) for name in [*graph.states, END]}
+            for visits in ((last - 1, last) if last else ())
+        }
 
     def next_turns(self, transcript: Transcript) -> list[Turn]:
         """One turn for each seat of the current state that has not spoken in it; none at the end."""
@@ -203,11 +216,11 @@ class GraphProtocol(ReasoningProtocol):
         before = transcript.prefix(entry) if spoken else transcript
         return [
             Turn(seat, name, self.view(before, seat, state), self._stops[name], state.max_tokens, state.prefill)
-            for seat in self._seats[name][spoken:]
+            for seat in self._speakers[name][spoken:]
         ]
 
     def view(self, transcript: Transcript, seat: str, state: State) -> tuple[Message, ...]:
-        """What `seat` reads before it speaks in `state`: its instruction, the problem, and what was said that it may read."""
+        """What `seat` reads before it speaks in `state`: its instruction, the problem, and the turns it may read."""
         messages = [*self._instructions[seat], Message("user", transcript.problem.statement)]
         reads, chat = state.reads, self.graph.dialogue == "chat"
         for step in transcript.steps:
@@ -243,17 +256,17 @@ class GraphProtocol(ReasoningProtocol):
 
     def _situation(self, transcript: Transcript) -> tuple[str, int]:
         """The current state, and the number of steps that were taken before it was entered."""
-        name, entry, visits, forced = self.graph.start, 0, 0, self._forced
-        for place, step in enumerate(transcript.steps, start=1):
-            if name == END:
-                break
-            if step.state != name:
-                raise InputError(f"this protocol is in state {name!r} where the transcript has {step.state!r}: "
-                                 "it was played by another protocol")  # fmt: skip
-            width, closes, then = self._moves[name]
-            if place == entry + width:
-                entry, visits = place, visits + 1
-                name = closes.get(step.reply.stop, then)
-                if name != END and visits in forced:
-                    name = forced[visits]
+        name, entry, visits = self.graph.entered(self.graph.start, 0), 0, 0
+        for place, step in enumerate(transcript.steps):
+            if step.state != name or step.seat != self._speakers[name][place - entry]:
+                raise InputError(
+                    f"this protocol is in state {name!r} where the transcript has {step.seat!r} in {step.state!r}: "
+                    "it was played by another protocol"
+                )
+            width, successors, then = self._moves[name]
+            if place + 1 == entry + width:
+                entry, visits = place + 1, visits + 1
+                name = successors.get(step.reply.stop or "", then)
+                if visits in self._capped:
+                    name = self._capped[visits][name]
         return name, entry

@@ -2,10 +2,10 @@
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import orjson
 
@@ -16,6 +16,8 @@ from turnwise.environments.problem import Problem
 from turnwise.environments.transcript import Reply, Step, Transcript
 
 FORMAT = 1
+
+T = TypeVar("T")
 
 
 class EpisodeStore:
@@ -36,15 +38,13 @@ class EpisodeStore:
         self._path = self.folder / "episodes.jsonl"
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            self._lock()
+            self._size = _whole_lines(self._file)
+            os.ftruncate(self._file, self._size)
+            self.ids = {id for id, error in _read(self._path, _identify) if error is None}
+        except BaseException:
             os.close(self._file)
-            raise InputError(
-                f"another process is writing to {self.folder}; wait for it or choose another folder"
-            ) from None
-        self._size = _whole_lines(self._file)
-        os.ftruncate(self._file, self._size)
-        self.ids = {episode.id for episode in read_episodes(self._path) if episode.error is None}
+            raise
 
     def append(self, episode: Episode) -> None:
         """Writes one episode."""
@@ -65,7 +65,7 @@ class EpisodeStore:
 
     def __iter__(self) -> Iterator[Episode]:
         """Every episode, in the order in which they ended; of one that was played again, the last."""
-        latest = {episode.id: line for line, episode in enumerate(read_episodes(self._path))}
+        latest = {id: line for line, (id, _) in enumerate(_read(self._path, _identify))}
         return (e for line, e in enumerate(read_episodes(self._path)) if latest[e.id] == line)
 
     def close(self) -> None:
@@ -80,6 +80,14 @@ class EpisodeStore:
     ) -> None:
         self.close()
 
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"another process is writing to {self.folder}; wait for it or choose another folder"
+            ) from None
+
     def _claim(self, run: dict[str, str | int | float]) -> None:
         described = self.folder / "run.json"
         mine = orjson.loads(orjson.dumps({"format": FORMAT, **run}))
@@ -90,10 +98,10 @@ class EpisodeStore:
                 told = ", ".join(f"{key}: {held.get(key)!r} there, {mine.get(key)!r} here" for key in different)
                 raise InputError(f"{self.folder} holds another run ({told}); choose another folder or remove it")
             return
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        draft = described.with_suffix(".draft")  # a kill may have left one
+        if self.folder.exists() and (not self.folder.is_dir() or any(path != draft for path in self.folder.iterdir())):
             raise InputError(f"{self.folder} exists and holds no run; choose a new or an empty folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        draft = described.with_suffix(".draft")
         draft.write_bytes(orjson.dumps(mine, option=orjson.OPT_INDENT_2))
         draft.rename(described)
 
@@ -109,26 +117,21 @@ def read_run(folder: str | Path) -> dict[str, str | int | float]:
 
 def read_episodes(path: str | Path) -> Iterator[Episode]:
     """The episodes of an `episodes.jsonl`, one at a time. Raises InputError, with the line, for a damaged one."""
-    with Path(path).open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield decode(line)
-            except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-                if not line.endswith(b"\n"):
-                    return
-                raise InputError(f"line {number} of {path} is damaged: {error}; remove that line") from None
+    return _read(path, decode)
 
 
 def encode(episode: Episode) -> bytes:
     """One line of JSON. Of each prompt only what the seat has not read or said before is written."""
-    said: dict[str, tuple[int, ...]] = {}
+    said: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # by each seat: its last prompt, and its reply
     steps = []
     for step in episode.transcript.steps:
-        reply, before = step.reply, said.get(step.seat, ())
-        prompt = reply.prompt_token_ids
-        shared = len(before) if before and prompt[: len(before)] == before else 0
+        reply, prompt = step.reply, step.reply.prompt_token_ids
+        before, reply_before = said.get(step.seat, ((), ()))
+        shared = len(before) + len(reply_before)
+        if prompt[: len(before)] != before or prompt[len(before) : shared] != reply_before:
+            shared = 0
         if reply.token_ids:
-            said[step.seat] = prompt + reply.token_ids
+            said[step.seat] = prompt, reply.token_ids
         steps.append({
             "seat": step.seat, "state": step.state, "prefill": step.prefill, "text": reply.text,
             "token_count": reply.token_count, "finish": reply.finish, "stop": reply.stop,
@@ -165,6 +168,23 @@ def decode(line: bytes) -> Episode:
     )  # fmt: skip
     grade = record["grade"] and Grade(Outcome(record["grade"]["outcome"]), record["grade"]["answer"])
     return Episode(Transcript(problem, tuple(steps)), record["sample"], record["seed"], grade, record["error"])
+
+
+def _read(path: str | Path, parse: Callable[[bytes], T]) -> Iterator[T]:
+    with Path(path).open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield parse(line)
+            except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise InputError(f"line {number} of {path} is damaged: {error}; remove that line") from None
+
+
+def _identify(line: bytes) -> tuple[str, str | None]:
+    """Id and error alone: to open a large store, its token ids need not be made into tuples."""
+    record = orjson.loads(line)
+    return record["id"], record["error"]
 
 
 def _whole_lines(file: int) -> int:

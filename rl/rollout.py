@@ -1,7 +1,7 @@
 """Plays many episodes at once, each moving on as soon as its own reply is there."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
 
 from turnwise.agents.agent import Agent
 from turnwise.environments.environment import Environment, Grader
@@ -26,10 +26,9 @@ async def play_episode(
     transcript = Transcript(problem)
     try:
         while turns := protocol.next_turns(transcript):
-            place = len(transcript.steps)
             taken = [
-                _take(team, turn, turn_seed(seed, problem.id, sample, place + offset))
-                for offset, turn in enumerate(turns)
+                _take(team, turn, turn_seed(seed, problem.id, sample, place))
+                for place, turn in enumerate(turns, start=len(transcript.steps))
             ]
             steps = [await taken[0]] if len(taken) == 1 else await _all(taken)
             transcript = transcript.extended(*steps)
@@ -43,6 +42,7 @@ async def play_episode(
 
 async def _take(team: Team, turn: Turn, seed: int) -> Step:
     reply = await team[turn.seat].reply(turn, seed)
+    reply.text.encode()  # a text that cannot be stored fails here, where it costs no other episode
     return Step(turn.seat, turn.state, reply, turn.prefill)
 
 
@@ -66,7 +66,7 @@ async def rollout(
     concurrency: int = 64,
     store: EpisodeStore | None = None,
     max_failed_share: float = 0.1,
-) -> AsyncIterator[Episode]:
+) -> AsyncGenerator[Episode, None]:
     """Plays each problem `samples` times and yields the episodes as they end, `concurrency` of them at a time.
 
     With a `store`, each episode is written before it is yielded, and those that it already holds are not played again
@@ -91,9 +91,9 @@ async def rollout(
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(concurrency, len(environment.problems) * samples)):
                     group.create_task(work())
-        except BaseExceptionGroup:
+        except BaseExceptionGroup as errors:
             await ended.put(None)
-            raise
+            raise _first(errors) from None
         await ended.put(None)
 
     workers = asyncio.create_task(work_all())
@@ -105,10 +105,7 @@ async def rollout(
             yield episode
             if total >= 20:
                 _check_failures(failures, total, max_failed_share)
-        try:
-            await workers
-        except* InputError as group:
-            raise _first(group) from None
+        await workers
         _check_failures(failures, total, max_failed_share)
     finally:
         workers.cancel()

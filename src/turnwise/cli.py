@@ -43,11 +43,17 @@ def open_environment(problems: str, grader: Grader, *, number: int, seed: int) -
         raise InputError(f"the number of problems must be at least 1; got {number}")
     if problems in PROBLEM_SETS:
         return arithmetic(grader, problem_set=problems, count=number, seed=seed)
-    from turnwise.environments.benchmarks import load_problems  # the datasets package: only where it is needed
+    from turnwise.environments.benchmarks import BENCHMARKS, load_benchmark, load_problems  # datasets: only if needed
 
-    loaded = load_problems(problems, limit=number)
+    if problems in BENCHMARKS:
+        loaded = load_benchmark(BENCHMARKS[problems], limit=number)
+    elif Path(problems).suffix:
+        loaded = load_problems(problems, limit=number)
+    else:
+        named = ", ".join([*PROBLEM_SETS, *BENCHMARKS])
+        raise InputError(f"no problems are called {problems!r}; name one of {named}, or a JSONL, JSON or Parquet file")
     if loaded.dropped:
-        Console(stderr=True).print(f"{len(loaded.dropped)} problems left out, since their gold answer does not parse")
+        Console(stderr=True).print(f"{problems}: {loaded}")
     return Environment(problems, loaded.problems, grader)
 
 
@@ -70,7 +76,9 @@ def play_shown(
     """
     graph = hashlib.blake2b(protocol.graph.model_dump_json().encode(), digest_size=8).hexdigest()
     played = {"protocol": type(protocol).__name__, "graph": graph, "problems": environment.name}
-    store = EpisodeStore(output / title.replace(" ", "-"), {**played, "seed": seed, **(settings or {})}) if output else None
+    store = (
+        EpisodeStore(output / title.replace(" ", "-"), {**played, "seed": seed, **(settings or {})}) if output else None
+    )
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     episodes = list(store) if store else []
 

@@ -46,6 +46,7 @@ def judge(gold: str, answer: str) -> Outcome:
         ("x=5", "5"),
         ("10\\%", "10"),
         ("10\\%", "0.1"),
+        ("0.1", "10 percent"),
         (r"90^\circ", "90"),
         (r"\text{Evelyn}", "evelyn"),
         (r"\text{June 20}", "June  20"),
@@ -77,6 +78,8 @@ def test_right(gold: str, answer: str) -> None:
         ("5", "5x"),
         ("5", "5 t"),  # math-verify's own removal of units takes this for 5 tonnes
         ("5", r"5\text{ million}"),
+        ("5", "5 million"),
+        ("5", "5 theta"),
         ("x", "x + 2 m"),
         ("12", r"12 \text{ or } 13"),
         ("5", "$5$ and $6$"),

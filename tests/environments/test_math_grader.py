@@ -51,25 +51,25 @@ def test_grades(grader: MathGrader, gold: str, text: str, expected: Grade) -> No
     assert grade(grader, problem(gold), text) == expected
 
 
+UNPARSABLE, TIMED_OUT, EITHER = {Outcome.UNPARSABLE}, {Outcome.TIMED_OUT}, {Outcome.UNPARSABLE, Outcome.TIMED_OUT}
 HOSTILE = [
-    TOWER,
-    r"\boxed{10000000000!}",
-    r"\boxed{(x+y+z)^{10000}}",
-    r"\boxed{\sin(10^{10^{10}})}",
-    r"\boxed{\sum_{k=1}^{10^9} \frac{1}{k^2}}",
-    "\\boxed{" + "9" * 200_000 + "}",
-    "\\boxed{" * 25_000,
-    "\\boxed{" + "{" * 900 + "5" + "}" * 900 + "}",
-    "\\boxed{" + "(" * 900 + "5" + ")" * 900 + "}",
-    "\\boxed{" + r"\frac{1}{" * 200 + "5" + "}" * 200 + "}",
-    "\\boxed{" + r"\begin{pmatrix}" * 100 + "}",
-    "\\boxed{" + "5\\%" * 600 + "}",
-    "\\boxed{" + "$" * 1999 + "}",
-    "\\boxed{" + "a " * 900 + "}",
-    "\\boxed{5\0}",
-    "\\boxed{5\ud800}",
-    "\ud800\\boxed{5}}}}{{{",
-    "\\boxed{__import__('os').getpid()}",
+    (TOWER, TIMED_OUT),
+    (r"\boxed{10000000000!}", TIMED_OUT),
+    (r"\boxed{(x+y+z)^{10000}}", TIMED_OUT),
+    (r"\boxed{\sin(10^{10^{10}})}", TIMED_OUT),
+    ("\\boxed{" + "9" * 200_000 + "}", UNPARSABLE),
+    ("\\boxed{" * 25_000, UNPARSABLE),
+    ("{" * 200_000 + "\\boxed{5}" + "}" * 100_000 + "\\boxed{?}", UNPARSABLE),
+    ("\\boxed{" + "{" * 900 + "5" + "}" * 900 + "}", EITHER),
+    ("\\boxed{" + "(" * 900 + "5" + ")" * 900 + "}", EITHER),
+    ("\\boxed{" + r"\frac{1}{" * 200 + "5" + "}" * 200 + "}", EITHER),
+    ("\\boxed{" + r"\begin{pmatrix}" * 100 + "}", EITHER),
+    ("\\boxed{" + "5\\%" * 600 + "}", {Outcome.WRONG}),
+    ("\\boxed{" + "$" * 1999 + "}", UNPARSABLE),
+    ("\\boxed{5\0}", UNPARSABLE),
+    ("\\boxed{5\ud800}", UNPARSABLE),
+    ("\ud800\\boxed{((}}}}{{{", UNPARSABLE),
+    ("\\boxed{__import__('os').getpid()}", UNPARSABLE),
 ]
 
 
@@ -84,9 +84,9 @@ def test_hostile_answers_end_in_time_and_delay_nobody(grader: MathGrader) -> Non
         return hostile, list(rest)
 
     asyncio.run(timed("x", r"\boxed{y}"))  # the workers are there
-    for text in HOSTILE:
+    for text, outcomes in HOSTILE:
         (found, seconds), others = asyncio.run(one_among_others(text))
-        assert found.outcome in {Outcome.UNPARSABLE, Outcome.TIMED_OUT, Outcome.WRONG}, text[:50]
+        assert found.outcome in outcomes, text[:50]
         assert seconds < SECONDS + 2, text[:50]
         assert {other.outcome for other, _ in others} == {Outcome.RIGHT}, text[:50]
 
@@ -210,4 +210,4 @@ def test_no_answer_of_math_500_passes_for_the_next() -> None:
             return await asyncio.gather(*(grader.grade(problem(a), f"\\boxed{{{b}}}") for a, b in pairs))
 
     right = [pair for pair, grade in zip(pairs, asyncio.run(play()), strict=True) if grade.right]
-    assert right == [(number, rf"{number}^\circ") for number in ("120", "15", "30", "36")]  # equal but for the unit
+    assert right == [("120", r"120^\circ"), ("15", r"15\mbox{ cm}^2"), ("30", r"30^\circ"), ("36", r"36^\circ")]

@@ -1,0 +1,35 @@
+"""Plots, drawn without a display."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from turnwise.analysis.summary import by_level, summarise
+from turnwise.environments.episode import Episode
+
+
+def accuracy_over_tokens(runs: Mapping[str, Sequence[Episode]], path: str | Path, *, title: str = "") -> None:
+    """Writes a PNG: accuracy (with its 95% interval) over sampled tokens an episode, one point a run.
+
+    Where the problems have levels, a thin line joins each run's levels, marked by their numbers.
+    """
+    figure = Figure(figsize=(7.5, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for index, (name, episodes) in enumerate(runs.items()):
+        colour, summary = f"C{index}", summarise(episodes)
+        low, high = summary.interval
+        error = [[summary.accuracy - low], [high - summary.accuracy]]
+        axes.errorbar(summary.tokens, summary.accuracy, yerr=error, fmt="o", ms=10, capsize=4, color=colour, label=name)
+        levels = by_level(episodes)
+        if len(levels) > 1:
+            tokens, accuracies = [s.tokens for s in levels.values()], [s.accuracy for s in levels.values()]
+            axes.plot(tokens, accuracies, color=colour, alpha=0.4, lw=1)
+            for level, x, y in zip(levels, tokens, accuracies, strict=True):
+                axes.annotate(str(level), (x, y), color=colour, fontsize=8, ha="center", va="center")
+    axes.set(xlabel="sampled tokens an episode", ylabel="right", ylim=(0, 1.05), title=title)
+    axes.set_xlim(left=0)
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path)

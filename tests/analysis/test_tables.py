@@ -1,0 +1,83 @@
+from rich.console import Console
+from rich.table import Table
+
+from turnwise.analysis.tables import comparison, levels
+from turnwise.environments.environment import Grade, Outcome
+from turnwise.environments.episode import Episode
+from turnwise.environments.problem import Problem
+from turnwise.environments.transcript import Reply, Step, Transcript
+
+
+def episode(*tokens: tuple[str, int], right: bool = True, level: int = 1, stop: str | None = None) -> Episode:
+    steps = tuple(Step(seat, "state", Reply("text", count, stop=stop)) for seat, count in tokens)
+    grade = Grade(Outcome.RIGHT if right else Outcome.WRONG)
+    return Episode(Transcript(Problem("p", "1 + 1?", "2", level=level), steps), 0, 0, grade)
+
+
+def failed(level: int) -> Episode:
+    return Episode(Transcript(Problem("p", "1 + 1?", "2", level=level)), 0, 0, error="KeyError: 'x'")
+
+
+def rows(table: Table) -> list[list[str]]:
+    """The cells of the rendered text, the heading first."""
+    console = Console(width=200, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    lines = [line for line in captured.get().splitlines() if line[:1] in "┃│" and line]
+    return [[cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")] for line in lines]
+
+
+ALONE = [episode(("long", 100)), episode(("long", 300), right=False)]
+TOGETHER = [episode(("long", 60), ("short", 10)), episode(("long", 20), ("short", 10), ("long", 5))]
+
+
+class TestComparison:
+    def test_each_run_is_a_row(self) -> None:
+        table = comparison({"alone": ALONE, "together": TOGETHER}, baseline="alone", title="Two runs")
+        assert table.title == "Two runs"
+        assert rows(table) == [
+            ["", "right", "95% interval", "tokens", "long", "short", "turns", "AES"],
+            ["alone", "50.0%", "9.5% to 90.5%", "200.0", "200.0", "", "1.0", "+0.00"],
+            # (200 − 52.5) / 200 + 3 · (1 − 0.5) / 0.5
+            ["together", "100.0%", "34.2% to 100.0%", "52.5", "42.5", "10.0", "2.5", "+3.74"],
+        ]
+
+    def test_one_seat_needs_no_columns_of_its_own(self) -> None:
+        assert rows(comparison({"alone": ALONE}, baseline="alone"))[0] == [
+            "", "right", "95% interval", "tokens", "turns", "AES",
+        ]  # fmt: skip
+
+    def test_the_think_share_is_shown_where_a_run_has_one(self) -> None:
+        routed = [episode(("long", 1), stop="<think>"), episode(("long", 1), stop="<short>")]
+        heading, alone, thinkless = rows(comparison({"alone": ALONE, "routed": routed}, baseline="routed"))
+        assert heading[-2:] == ["thinks", "AES"]
+        assert alone[-2:] == ["", "-201.50"]
+        assert thinkless[-2:] == ["50%", "+0.00"]
+
+    def test_there_is_no_aes_against_a_baseline_without_a_right_answer(self) -> None:
+        wrong = [episode(("long", 10), right=False)]
+        assert [row[-1] for row in rows(comparison({"alone": ALONE, "wrong": wrong}, baseline="wrong"))] == [
+            "AES",
+            "",
+            "",
+        ]
+
+
+class TestLevels:
+    def test_each_level_is_a_row(self) -> None:
+        easy = [episode(("a", 10)), episode(("a", 20), right=False)]
+        hard = [episode(("a", 99), level=12)]
+        table = levels({"both": easy + hard, "easy only": easy}, title="By level")
+        assert table.title == "By level"
+        assert rows(table) == [
+            ["level", "both", "easy only"],
+            ["1", "50% in 15", "50% in 15"],
+            ["12", "100% in 99", ""],
+        ]
+
+    def test_a_level_on_which_a_run_failed_is_left_empty(self) -> None:
+        one, other = [episode(("a", 10)), episode(("a", 30), level=2)], [episode(("a", 10)), failed(2)]
+        assert rows(levels({"one": one, "other": other}))[1:] == [
+            ["1", "100% in 10", "100% in 10"],
+            ["2", "100% in 30", ""],
+        ]
