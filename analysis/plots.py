@@ -1,7 +1,6 @@
-"""Plots, drawn without a display."""
+"""Plots, drawn without a display: `savefig` writes them."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
@@ -9,8 +8,8 @@ from turnwise.analysis.summary import by_level, summarise
 from turnwise.environments.episode import Episode
 
 
-def accuracy_over_tokens(runs: Mapping[str, Sequence[Episode]], path: str | Path, *, title: str = "") -> None:
-    """Writes a PNG: accuracy (with its 95% interval) over sampled tokens an episode, one point a run.
+def accuracy_over_tokens(runs: Mapping[str, Sequence[Episode]], *, title: str = "") -> Figure:
+    """Accuracy, with its 95% interval, over sampled tokens an episode: one point a run.
 
     Where the problems have levels, a thin line joins each run's levels, marked by their numbers.
     """
@@ -32,4 +31,4 @@ def accuracy_over_tokens(runs: Mapping[str, Sequence[Episode]], path: str | Path
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.savefig(path)
+    return figure

@@ -62,7 +62,7 @@ def main(
     if plot:
         from turnwise.analysis.plots import accuracy_over_tokens  # matplotlib: only where it is asked for
 
-        accuracy_over_tokens(runs, plot, title=f"{number} problems of {environment.name}")
+        accuracy_over_tokens(runs, title=f"{number} problems of {environment.name}").savefig(plot)
 
 
 if __name__ == "__main__":

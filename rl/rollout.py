@@ -1,7 +1,7 @@
 """Plays many episodes at once, each moving on as soon as its own reply is there."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Mapping, Sequence
 
 from turnwise.agents.agent import Agent
 from turnwise.environments.environment import Environment, Grader
@@ -129,13 +129,14 @@ def play(
         return [episode async for episode in stream]
 
     played = asyncio.run(gather())
-    return in_order(environment, played if store is None else list(store))
+    return in_order(environment, played if store is None else store)
 
 
-def in_order(environment: Environment, episodes: Sequence[Episode]) -> list[Episode]:
-    """Episodes in the order of the environment's problems, and of their samples."""
+def in_order(environment: Environment, episodes: Iterable[Episode]) -> list[Episode]:
+    """Those of the episodes that are on the environment's problems, in the order of these, and of their samples."""
     places = {problem.id: place for place, problem in enumerate(environment.problems)}
-    return sorted(episodes, key=lambda episode: (places[episode.transcript.problem.id], episode.sample))
+    known = [episode for episode in episodes if episode.transcript.problem.id in places]
+    return sorted(known, key=lambda episode: (places[episode.transcript.problem.id], episode.sample))
 
 
 def check_team(protocol: ReasoningProtocol, team: Team) -> None:

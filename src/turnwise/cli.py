@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import typer
@@ -76,29 +77,25 @@ def play_shown(
     """
     graph = hashlib.blake2b(protocol.graph.model_dump_json().encode(), digest_size=8).hexdigest()
     played = {"protocol": type(protocol).__name__, "graph": graph, "problems": environment.name}
-    store = (
-        EpisodeStore(output / title.replace(" ", "-"), {**played, "seed": seed, **(settings or {})}) if output else None
-    )
+    described = {**played, "seed": seed, **(settings or {})}
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    episodes = list(store) if store else []
+    with (
+        EpisodeStore(output / title.replace(" ", "-"), described) if output else nullcontext() as store,
+        Progress(*columns, console=console) as progress,
+    ):
+        episodes = in_order(environment, (episode for episode in store or () if episode.error is None))
+        already = len(episodes)
+        task = progress.add_task(title, total=len(environment.problems), completed=already)
 
-    async def watch() -> None:
-        nonlocal shown
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task(title, total=len(environment.problems), completed=len(episodes))
+        async def watch() -> None:
             async for episode in rollout(protocol, team, environment, seed=seed, store=store):
+                if len(episodes) - already < shown:
+                    console.print(conversation(episode))
                 episodes.append(episode)
                 progress.advance(task)
-                if shown > 0:
-                    console.print(conversation(episode))
-                    shown -= 1
 
-    try:
         asyncio.run(watch())
-    finally:
-        if store:
-            store.close()
-    return in_order(environment, [e for e in episodes if e.transcript.problem in environment.problems])
+    return in_order(environment, episodes)
 
 
 def conversation(episode: Episode) -> Panel:
