@@ -101,14 +101,15 @@ ROUTED, BRIEF = Thinkless(), Thinkless(mode="short")
 TOGETHER, CUT_SHORT = LongShort(), LongShort(max_turns=2)
 
 LESSONS = {
+    # Answers at once are few tokens, of which one is hard: they take many samples.
     "base": (
-        Lesson(0.25, ROUTED, say_alone, ("solver",), LEVELS),
-        Lesson(0.15, ALONE_LONG, say_alone, ("long",), LEVELS),
-        Lesson(0.24, TOGETHER, say_together, ("long", "short"), LEVELS),
-        Lesson(0.06, CUT_SHORT, say_together, ("long", "short"), LEVELS),
-        Lesson(0.10, ALONE_SHORT, say_alone, ("short",), SHORT_LEVELS),
-        Lesson(0.05, UNAIDED_SHORT, say_alone, ("short",), SHORT_LEVELS),
-        Lesson(0.15, BRIEF, say_alone, ("solver",), SHORT_LEVELS),
+        Lesson(0.15, ROUTED, say_alone, ("solver",), LEVELS),
+        Lesson(0.10, ALONE_LONG, say_alone, ("long",), LEVELS),
+        Lesson(0.20, TOGETHER, say_together, ("long", "short"), LEVELS),
+        Lesson(0.05, CUT_SHORT, say_together, ("long", "short"), LEVELS),
+        Lesson(0.15, ALONE_SHORT, say_alone, ("short",), SHORT_LEVELS),
+        Lesson(0.10, UNAIDED_SHORT, say_alone, ("short",), SHORT_LEVELS),
+        Lesson(0.25, BRIEF, say_alone, ("solver",), SHORT_LEVELS),
     ),
     "long": (
         Lesson(0.5, ALONE_LONG, say_alone, ("long",), LEVELS),

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: cross-entropy on what a policy should have said, and on nothing else."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -19,12 +19,16 @@ UNTRAINED = -100
 
 
 class SFTSettings(BaseModel):
-    """How to train. The learning rate rises over the first `warmup` of the steps and falls to a tenth by cosine."""
+    """How to train. The learning rate rises over the first `warmup` of the steps and falls to a tenth by cosine.
+
+    A step's batch is split by length into micro-batches, which bound its memory and change nothing else.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: PositiveInt
     batch_size: PositiveInt = 64
+    micro_batch_size: PositiveInt = 32
     learning_rate: PositiveFloat = 1e-5
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
@@ -43,6 +47,9 @@ def train(
 ) -> None:
     """Trains `model` in place by AdamW, one loss denominator a step: the mean over all trained tokens of the batch.
 
+    So a token weighs the same whether its sequence is long or short. (Batches of like length would not do: their means
+    give the tokens of short answers, and the choice to answer shortly, many times the weight.)
+
     `sequences` must be the same stream each time: with a `checkpoint` file, a run that was killed goes on from the
     last one saved and skips what it had already seen, so that it ends as if it had never stopped. `on_step(step, loss)`
     is called after each step. Raises InputError where the sequences run out before the steps do.
@@ -59,17 +66,15 @@ def train(
         scheduler.load_state_dict(saved["scheduler"])
         done = saved["step"]
     model.train()
-    for step, batch in enumerate(
-        islice(_batches(sequences, settings.batch_size), done, settings.steps), start=done + 1
-    ):
-        loss = sft_loss(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+    batches = iter(lambda: list(islice(sequences, settings.batch_size)), [])
+    for step, batch in enumerate(islice(batches, done, settings.steps), start=done + 1):
+        loss = backward(model, batch, settings.micro_batch_size)
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
         done = step
-        on_step(step, loss.item())
+        on_step(step, loss)
         if checkpoint is not None and (step % settings.save_every == 0 or step == settings.steps):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
             _save(state | {"scheduler": scheduler.state_dict()}, checkpoint)
@@ -78,8 +83,22 @@ def train(
         raise InputError(f"the sequences ran out after {done} of {settings.steps} steps; give more, or ask for fewer")
 
 
-def sft_loss(model: PreTrainedModel, batch: list[TokenSequence]) -> torch.Tensor:
-    """Mean cross-entropy (nats) over the trained tokens of a batch of sequences."""
+def backward(model: PreTrainedModel, batch: Sequence[TokenSequence], micro_batch_size: int) -> float:
+    """Adds the gradient of a batch's loss to the parameters; returns the loss (nats a trained token).
+
+    The same for every `micro_batch_size`, but for rounding.
+    """
+    by_length = sorted(batch, key=lambda sequence: len(sequence.token_ids))
+    trained, total = sum(sequence.trained for sequence in batch), 0.0
+    for start in range(0, len(by_length), micro_batch_size):
+        loss = summed_loss(model, by_length[start : start + micro_batch_size]) / trained
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.item()
+    return total
+
+
+def summed_loss(model: PreTrainedModel, batch: Sequence[TokenSequence]) -> torch.Tensor:
+    """Cross-entropy (nats), summed over the trained tokens of a batch of sequences."""
     token_ids = [torch.tensor(sequence.token_ids) for sequence in batch]
     labels = [
         ids.masked_fill(~torch.tensor(sequence.mask), UNTRAINED) for ids, sequence in zip(token_ids, batch, strict=True)
@@ -87,16 +106,8 @@ def sft_loss(model: PreTrainedModel, batch: list[TokenSequence]) -> torch.Tensor
     inputs = pad_sequence(token_ids, batch_first=True).to(model.device)
     targets = pad_sequence(labels, batch_first=True, padding_value=UNTRAINED).to(model.device)
     # Padding stands on the right, where causal attention never lets a trained token see it.
-    logits = model(input_ids=inputs, use_cache=False).logits
-    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=UNTRAINED)
-
-
-def _batches(sequences: Iterator[TokenSequence], size: int, window: int = 8) -> Iterator[list[TokenSequence]]:
-    """Batches of like length: sorted within a window of several batches, which then come in a fixed scattered order."""
-    while drawn := sorted(islice(sequences, size * window), key=lambda sequence: len(sequence.token_ids)):
-        starts = list(range(0, len(drawn), size))
-        for start in sorted(starts, key=lambda start: (start // size * 5) % window):
-            yield drawn[start : start + size]
+    logits = model(input_ids=inputs, use_cache=False).logits[:, :-1].float()
+    return cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=UNTRAINED, reduction="sum")
 
 
 def _rate(step: int, settings: SFTSettings) -> float:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from turnwise.environments.errors import InputError
-from turnwise.rl.sft import SFTSettings, sft_loss, train
+from turnwise.rl.sft import SFTSettings, backward, summed_loss, train
 from turnwise.rl.trajectory import TokenSequence
 
 SETTINGS = SFTSettings(steps=12, batch_size=4, learning_rate=1e-2, warmup=0.25, save_every=5)
@@ -35,7 +35,7 @@ def stream() -> Iterator[TokenSequence]:
         yield TokenSequence(ids, tuple(place >= 2 for place in range(length)))
 
 
-def test_loss_is_the_mean_over_trained_tokens_of_the_whole_batch_and_ignores_padding() -> None:
+def test_loss_is_summed_over_trained_tokens_and_ignores_padding() -> None:
     model = tiny()
     batch = [
         TokenSequence((1, 2, 3, 4, 5), (False, False, True, False, True)),
@@ -50,18 +50,32 @@ def test_loss_is_the_mean_over_trained_tokens_of_the_whole_batch_and_ignores_pad
                 for place, (token, trained) in enumerate(zip(sequence.token_ids, sequence.mask, strict=True))
                 if trained
             ]
-        loss = sft_loss(model, batch).item()
+        loss = summed_loss(model, batch).item()
     assert len(expected) == 4
-    assert loss == pytest.approx(sum(expected) / 4, rel=1e-5)
+    assert loss == pytest.approx(sum(expected), rel=1e-5)
 
 
 def test_untrained_tokens_get_no_gradient_as_targets() -> None:
     model = tiny()
-    sft_loss(model, [TokenSequence((1, 2, 3), (False, True, False))]).backward()
+    summed_loss(model, [TokenSequence((1, 2, 3), (False, True, False))]).backward()
     # Only the prediction of token 2 is trained, so the head's gradient comes from the first position alone.
     gradient = model.lm_head.weight.grad
     assert gradient is not None
     assert torch.linalg.matrix_rank(gradient) == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_the_gradient_is_that_of_the_mean_over_all_trained_tokens_for_every_micro_batch_size(size: int) -> None:
+    batch = list(islice(stream(), 8))
+    whole, split = tiny().double(), tiny().double()
+    loss = summed_loss(whole, batch) / sum(sequence.trained for sequence in batch)
+    loss.backward()
+    assert backward(split, batch, size) == pytest.approx(loss.item(), rel=1e-6)
+    for expected, got in zip(whole.parameters(), split.parameters(), strict=True):
+        assert expected.grad is not None
+        assert got.grad is not None
+        # The loss itself is taken in single precision.
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_training_lowers_the_loss_and_leaves_the_model_in_evaluation_mode() -> None:
