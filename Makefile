@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
+# The tiny models run best on one thread; several, on a machine with other work, only wait for each other.
+demo test bench: export OMP_NUM_THREADS ?= 1
 
 .PHONY: help demo test check bench tiny-models clean
 

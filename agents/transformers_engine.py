@@ -84,10 +84,13 @@ class TransformersEngine:
                 raise InputError(f"a model must be a checkpoint folder or a hub id; there is no folder {path}")
         target = torch.device(device)
         try:
+            tokenizer = load_tokenizer(path)
+            ChatTemplate(tokenizer)  # what is wrong with it is told before gigabytes of weights are read
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype or (torch.float32 if target.type == "cpu" else "auto")
             )
-            tokenizer = load_tokenizer(path)
+        except InputError:
+            raise
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise InputError(

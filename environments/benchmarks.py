@@ -2,16 +2,24 @@
 
 import glob
 import json
+import logging
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from datasets import Dataset, load_dataset  # type: ignore[import-untyped]
+from datasets import (  # type: ignore[import-untyped]
+    Dataset,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_dataset,
+)
 from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict
 
@@ -187,7 +195,7 @@ def _load_file(path: Path) -> Dataset:
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty; it should hold at least one problem")
     # In memory, with a cache that goes away: the cache of `datasets` is for what was downloaded.
-    with TemporaryDirectory() as cache:
+    with TemporaryDirectory() as cache, _quiet_datasets():
         try:
             return load_dataset(
                 _FORMATS[path.suffix],
@@ -198,6 +206,21 @@ def _load_file(path: Path) -> Dataset:
             )
         except Exception as error:  # what `datasets` raises for a bad file depends on where it notices
             raise InputError(_explain(path, error)) from error
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Without what `datasets` prints while it reads a local file: where it fails, our error says it in one line."""
+    logger = logging.getLogger("datasets")
+    level, hidden = logger.level, are_progress_bars_disabled()
+    logger.setLevel(logging.CRITICAL)
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if not hidden:
+            enable_progress_bars()
 
 
 def _explain(path: Path, error: Exception) -> str:

@@ -21,14 +21,15 @@ UNTRAINED = -100
 class SFTSettings(BaseModel):
     """How to train. The learning rate rises over the first `warmup` of the steps and falls to a tenth by cosine.
 
-    A step's batch is split by length into micro-batches, which bound its memory and change nothing else.
+    A step's batch is split by length into micro-batches, which bounds its memory, spares padding, and changes nothing
+    else.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: PositiveInt
     batch_size: PositiveInt = 64
-    micro_batch_size: PositiveInt = 32
+    micro_batch_size: PositiveInt = 16
     learning_rate: PositiveFloat = 1e-5
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 0.1

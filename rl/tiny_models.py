@@ -37,8 +37,8 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
 )
 
-BASE = SFTSettings(steps=5000, batch_size=96, learning_rate=2e-3, warmup=0.02, weight_decay=0.01, betas=(0.9, 0.98))
-ROLE = BASE.model_copy(update={"steps": 600, "learning_rate": 5e-4})
+BASE = SFTSettings(steps=3000, batch_size=64, learning_rate=2e-3, warmup=0.02, weight_decay=0.01, betas=(0.9, 0.98))
+ROLE = BASE.model_copy(update={"steps": 400, "learning_rate": 5e-4})
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
