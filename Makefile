@@ -12,7 +12,7 @@ help:
 	@echo "make test         all tests, with coverage"
 	@echo "make check        formatting, lint, types, layers"
 	@echo "make bench        every benchmark"
-	@echo "make tiny-models  train the shipped models anew, into runs/tiny (about 40 minutes on two cores)"
+	@echo "make tiny-models  train the shipped models anew, into runs/tiny (about half an hour)"
 
 demo: $(VENV)/local
 	$(RUN)/python examples/longshort_math.py

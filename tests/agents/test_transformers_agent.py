@@ -416,3 +416,15 @@ def test_sampler_draws_the_distribution() -> None:
     tokens, logs = sampler(probabilities.log().expand(rows, -1), torch.zeros(rows, dtype=torch.long))
     assert torch.bincount(tokens, minlength=4).div(rows).numpy() == pytest.approx([0.5, 0.0, 0.3, 0.2], abs=0.012)
     torch.testing.assert_close(logs, probabilities.log()[tokens])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_samples_what_the_cpu_does(
+    own_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, agent: TransformersAgent
+) -> None:
+    on_gpu = TransformersAgent(TransformersEngine(own_model.to("cuda"), tokenizer))
+    turns = [turn(index) for index in range(32)]
+    for expected, reply in zip(play(agent, turns), play(on_gpu, turns), strict=True):
+        assert reply.token_ids == expected.token_ids
+        assert reply.log_probabilities == pytest.approx(expected.log_probabilities, abs=1e-4)
