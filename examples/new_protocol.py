@@ -3,8 +3,8 @@
     python examples/new_protocol.py
 
 The three jurors are one tiny model in three seats (so they share weights), the clerk who counts their votes is a
-Python function, and the thinker is the tiny long-thought model. Expect jurors to agree on easy problems, and the
-thinker to be called on hard ones: nearly as right as thinking always, in fewer tokens.
+Python function, and the thinker is the tiny long-thought model. Expect the jurors to agree at once on one-step
+problems, where that saves most of the tokens, and the thinker to be called on most others, where it costs a few more.
 """
 
 import re
@@ -32,7 +32,7 @@ jury = GraphProtocol(
         seats={**dict.fromkeys(JURORS, ""), "clerk": "", "thinker": ""},
         start="vote",
         states={
-            "vote": State(seat=JURORS, then="count", max_tokens=32),
+            "vote": State(seat=JURORS, closes={"</answer>": "count"}, then="count", max_tokens=32),
             "count": State(seat="clerk", closes={"</answer>": END, "</rethink>": "think"}, max_tokens=32),
             "think": State(seat="thinker", reads=(), max_tokens=768, answer_after="</think>"),
         },
@@ -48,7 +48,7 @@ def count_votes(turn: Turn, seed: int) -> str:
     return f"<answer>\\boxed{{{votes.pop()}}}</answer>" if len(votes) == 1 else "<answer>We disagree.</rethink>"
 
 
-def main(problems: str = "mixed", number: int = 96, seed: int = 0) -> None:
+def main(problems: str = "easy", number: int = 96, seed: int = 0) -> None:
     """The jury, beside the long model alone."""
     console = Console()
     juror = TransformersAgent(TransformersEngine.load(SHORT), temperature=1.0)

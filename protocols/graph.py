@@ -19,9 +19,9 @@ class State(BaseModel):
     """A situation in which one seat speaks, or several at once (then none of them sees what the others say in it).
 
     A turn ends at one of the closing tags in `closes`, which names the state that follows each; where it ends
-    otherwise (end of sequence, token budget) `then` follows, and after simultaneous turns always. `ask` is put to the
-    seat as a message of the user's before it speaks, and `prefill` begins its turn for it. `reads` names the states
-    whose turns it reads (None: all of them). `answer_after` is the tag behind which the answer stands in this turn.
+    otherwise (end of sequence, token budget) `then` follows. Simultaneous turns have but one way to go on. `ask` is put
+    to the seat as a message of the user's before it speaks, and `prefill` begins its turn for it. `reads` names the
+    states whose turns it reads (None: all of them). `answer_after` is the tag behind which the answer stands.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -148,9 +148,10 @@ class TurnGraph(BaseModel):
 
     def _tags(self) -> str | None:
         for name, state in self.states.items():
-            if len(state.seats) > 1 and state.closes:
+            if len(state.seats) > 1 and set(state.closes.values()) - {state.then}:
                 return (
-                    f"state {name!r} is for several seats, which cannot each choose what follows; use then, not closes"
+                    f"state {name!r} is for several seats, which cannot each choose what follows: all its closing tags "
+                    f"must lead where then does, to {state.then!r}"
                 )
             for tag in state.closes:
                 if not tag.strip():

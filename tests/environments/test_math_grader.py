@@ -14,7 +14,7 @@ from turnwise.environments.math_grader import MathGrader
 from turnwise.environments.problem import Problem
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-SECONDS = 1.5
+SECONDS = 2.5
 TOWER = r"\boxed{9^{9^{9^{9}}}}"
 
 
@@ -64,7 +64,7 @@ HOSTILE = [
     ("\\boxed{" + "(" * 900 + "5" + ")" * 900 + "}", EITHER),
     ("\\boxed{" + r"\frac{1}{" * 200 + "5" + "}" * 200 + "}", EITHER),
     ("\\boxed{" + r"\begin{pmatrix}" * 100 + "}", EITHER),
-    ("\\boxed{" + "5\\%" * 600 + "}", {Outcome.WRONG}),
+    ("\\boxed{" + "5\\%" * 600 + "}", {Outcome.WRONG, Outcome.TIMED_OUT}),  # as fast as the machine is
     ("\\boxed{" + "$" * 1999 + "}", UNPARSABLE),
     ("\\boxed{5\0}", UNPARSABLE),
     ("\\boxed{5\ud800}", UNPARSABLE),

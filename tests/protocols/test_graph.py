@@ -134,6 +134,12 @@ class TestSimultaneous:
         assert where(graph.next_turns(converse(graph))) == [("x", "vote"), ("y", "vote"), ("z", "vote")]
         assert where(graph.next_turns(converse(graph, ["1", "2", "3"]))) == [("w", "count")]
 
+    def test_their_closing_tags_may_only_lead_where_then_does(self, converse: Converse) -> None:
+        vote = State(seat=("a", "b"), closes={"</go>": "last"}, then="last")
+        graph = protocol(states={"vote": vote, "last": LAST}, start="vote", max_turns=None, final=None)
+        assert [turn.stops for turn in graph.next_turns(converse(graph))] == [("</go>",), ("</go>",)]
+        assert where(graph.next_turns(converse(graph, ["1</go>", "2"]))) == [("b", "last")]
+
     def test_within_one_visit_the_rest_is_asked_and_reads_nothing_of_it(self, converse: Converse) -> None:
         graph = votes()
         before = converse(graph, ["1", "2", "3"], "</again>")
@@ -382,7 +388,7 @@ class TestFaults:
                 "state 'ask' has an empty closing tag",
             ),
             (
-                {"states": states(ask=State(seat=("a", "b"), closes={"</go>": "answer"}, then="answer"))},
+                {"states": states(ask=State(seat=("a", "b"), closes={"</go>": "last"}, then="answer"))},
                 "state 'ask' is for several seats, which cannot each choose what follows",
             ),
             ({"states": {}}, "states\n.*at least 1 item"),
