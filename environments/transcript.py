@@ -1,7 +1,10 @@
-"""What is said: messages, turns, replies, and the transcript that they add up to."""
+"""What is said: messages, turns, replies, and the transcript that they add up to.
+
+Those that every turn makes many of are named tuples, which take half the time of frozen dataclasses to make.
+"""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from turnwise.environments.problem import Problem
 
@@ -34,8 +37,7 @@ class Reply:
     version: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """A piece of what a seat may read. Neighbouring assistant messages are one message that is being continued.
 
     `reply` is set where the text was sampled, so that an engine can append its exact token ids instead of tokenising
@@ -47,8 +49,7 @@ class Message:
     reply: Reply | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """A request to one seat to speak.
 
     `state` names the situation in the protocol. The reply continues `messages` and then `prefill`, a text that the
@@ -64,8 +65,7 @@ class Turn:
     prefill: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """A turn that was taken: who spoke, in which state of the protocol, after which prefill, and what was said."""
 
     seat: str
