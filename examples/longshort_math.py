@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from turnwise.agents.tiny import LONG, SHORT
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
-from turnwise.analysis.tables import comparison, levels
-from turnwise.cli import open_environment, play_shown, run
+from turnwise.cli import open_environment, play_side_by_side, run
 from turnwise.environments.math_grader import MathGrader
 from turnwise.protocols.long_short import LongShort
 from turnwise.protocols.solo import Solo
@@ -37,7 +35,6 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="Write accuracy over tokens to this PNG.")] = None,
 ) -> None:
     """Long⊗Short on mathematics."""
-    console = Console()
     with MathGrader() as grader:
         environment = open_environment(problems, grader, number=number, seed=seed)
         engines = {"long": TransformersEngine.load(long, device=device)}
@@ -49,20 +46,10 @@ def main(
             "short alone": Solo("short", max_tokens=max_tokens, stops=("</answer>",)),
         }
         settings = {"long": long, "short": short, "temperature": temperature}
-        runs = {
-            title: play_shown(
-                title, protocol, team, environment, console,
-                seed=seed, shown=shown if title == "long⊗short" else 0, output=output, settings=settings,
-            )
-            for title, protocol in protocols.items()
-        }  # fmt: skip
-    console.print(comparison(runs, baseline="long alone", title=f"{number} problems of {environment.name}"))
-    if len({problem.level for problem in environment.problems}) > 1:
-        console.print(levels(runs, title="Right, in how many tokens, by level"))
-    if plot:
-        from turnwise.analysis.plots import accuracy_over_tokens  # matplotlib: only where it is asked for
-
-        accuracy_over_tokens(runs, title=f"{number} problems of {environment.name}").savefig(plot)
+        play_side_by_side(
+            protocols, team, environment, baseline="long alone",
+            seed=seed, shown=shown, output=output, settings=settings, plot=plot,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

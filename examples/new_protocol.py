@@ -9,13 +9,10 @@ problems, where that saves most of the tokens, and the thinker to be called on m
 
 import re
 
-from rich.console import Console
-
 from turnwise.agents.scripted import ScriptedAgent
 from turnwise.agents.tiny import LONG, SHORT
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
-from turnwise.analysis.tables import comparison, levels
-from turnwise.cli import open_environment, play_shown, run
+from turnwise.cli import open_environment, play_side_by_side, run
 from turnwise.environments.math_grader import MathGrader
 from turnwise.environments.transcript import Turn
 from turnwise.protocols.graph import END, GraphProtocol, State, TurnGraph
@@ -50,19 +47,13 @@ def count_votes(turn: Turn, seed: int) -> str:
 
 def main(problems: str = "easy", number: int = 96, seed: int = 0) -> None:
     """The jury, beside the long model alone."""
-    console = Console()
     juror = TransformersAgent(TransformersEngine.load(SHORT), temperature=1.0)
     thinker = TransformersAgent(TransformersEngine.load(LONG), temperature=0.6)
     team = {**dict.fromkeys(JURORS, juror), "clerk": ScriptedAgent(count_votes), "thinker": thinker}
-    alone = Solo("thinker", answer_after="</think>")
+    protocols = {"jury": jury, "long alone": Solo("thinker", answer_after="</think>")}
     with MathGrader() as grader:
         environment = open_environment(problems, grader, number=number, seed=seed)
-        runs = {
-            "jury": play_shown("jury", jury, team, environment, console, seed=seed, shown=3),
-            "long alone": play_shown("long alone", alone, team, environment, console, seed=seed),
-        }
-    console.print(comparison(runs, baseline="long alone", title=f"{number} problems of {environment.name}"))
-    console.print(levels(runs, title="Right, in how many tokens, by level"))
+        play_side_by_side(protocols, team, environment, baseline="long alone", seed=seed)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from turnwise.agents.tiny import ROUTER
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
-from turnwise.analysis.tables import comparison, levels
-from turnwise.cli import open_environment, play_shown, run
+from turnwise.cli import open_environment, play_side_by_side, run
 from turnwise.environments.math_grader import MathGrader
 from turnwise.protocols.thinkless import Thinkless
 
@@ -35,7 +33,6 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="Write accuracy over tokens to this PNG.")] = None,
 ) -> None:
     """Thinkless on mathematics."""
-    console = Console()
     with MathGrader() as grader:
         environment = open_environment(problems, grader, number=number, seed=seed)
         team = {"solver": TransformersAgent(TransformersEngine.load(model, device=device), temperature=temperature)}
@@ -45,20 +42,10 @@ def main(
             "never think": Thinkless(short_tokens=short_tokens, mode="short"),
         }
         settings = {"model": model, "temperature": temperature}
-        runs = {
-            title: play_shown(
-                title, protocol, team, environment, console,
-                seed=seed, shown=shown if title == "thinkless" else 0, output=output, settings=settings,
-            )
-            for title, protocol in protocols.items()
-        }  # fmt: skip
-    console.print(comparison(runs, baseline="always think", title=f"{number} problems of {environment.name}"))
-    if len({problem.level for problem in environment.problems}) > 1:
-        console.print(levels(runs, title="Right, in how many tokens, by level"))
-    if plot:
-        from turnwise.analysis.plots import accuracy_over_tokens  # matplotlib: only where it is asked for
-
-        accuracy_over_tokens(runs, title=f"{number} problems of {environment.name}").savefig(plot)
+        play_side_by_side(
+            protocols, team, environment, baseline="always think",
+            seed=seed, shown=shown, output=output, settings=settings, plot=plot,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from turnwise.analysis.tables import comparison, levels
 from turnwise.environments.arithmetic import PROBLEM_SETS, arithmetic
 from turnwise.environments.environment import Environment, Grader
 from turnwise.environments.episode import Episode
@@ -96,6 +97,39 @@ def play_shown(
 
         asyncio.run(watch())
     return in_order(environment, episodes)
+
+
+def play_side_by_side(
+    protocols: Mapping[str, GraphProtocol],
+    team: Team,
+    environment: Environment,
+    *,
+    baseline: str,
+    seed: int = 0,
+    shown: int = 3,
+    output: Path | None = None,
+    settings: dict[str, str | int | float] | None = None,
+    plot: Path | None = None,
+) -> None:
+    """Plays several protocols on the same problems, as `play_shown` does, and prints what each of them came to.
+
+    `shown` conversations are of the first protocol. AES is against the one named by `baseline`. `plot` is a PNG of
+    accuracy over tokens.
+    """
+    console, runs = Console(), dict[str, list[Episode]]()
+    for title, protocol in protocols.items():
+        runs[title] = play_shown(
+            title, protocol, team, environment, console,
+            seed=seed, shown=0 if runs else shown, output=output, settings=settings,
+        )  # fmt: skip
+    title = f"{len(environment.problems)} problems of {environment.name}"
+    console.print(comparison(runs, baseline=baseline, title=title))
+    if len({problem.level for problem in environment.problems}) > 1:
+        console.print(levels(runs, title="Right, in how many tokens, by level"))
+    if plot:
+        from turnwise.analysis.plots import accuracy_over_tokens  # matplotlib: only where it is asked for
+
+        accuracy_over_tokens(runs, title=title).savefig(plot)
 
 
 def conversation(episode: Episode) -> Panel:
