@@ -11,7 +11,7 @@ help:
 	@echo "make demo         two tiny language models solve problems in turns"
 	@echo "make test         all tests, with coverage"
 	@echo "make check        formatting, lint, types, layers"
-	@echo "make bench        every benchmark"
+	@echo "make bench        what a turn costs, and how fast the engine is, beside other libraries"
 	@echo "make tiny-models  train the shipped models anew, into runs/tiny (about half an hour)"
 
 demo: $(VENV)/local

@@ -35,7 +35,10 @@ async def play_episode(
         grade = await grader.grade(problem, protocol.answer(transcript))
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise  # it is this episode that is called off, and not something that its agent waited for
         return Episode(transcript, sample, seed, error=f"{type(error).__name__}: {error}")
     return Episode(transcript, sample, seed, grade)
 

@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 
 from turnwise.agents.chat import ChatTemplate
-from turnwise.environments.arithmetic import Chain, generate, parse_chain
+from turnwise.environments.arithmetic import Chain, generate
 from turnwise.rl.arithmetic_lessons import (
     ALONE_LONG,
     LESSONS,
@@ -122,4 +122,3 @@ def test_the_stream_of_a_role_is_the_same_each_time_and_never_of_the_test_split(
 def test_weights_of_a_role_add_up() -> None:
     for taught in LESSONS.values():
         assert sum(lesson.weight for lesson in taught) == pytest.approx(1)
-    assert parse_chain(next(generate("train"))).steps

@@ -160,6 +160,19 @@ def test_a_text_that_cannot_be_stored_costs_its_own_episode_alone(tmp_path: Path
     assert "surrogates not allowed" in str(episodes[3].error)
 
 
+@pytest.mark.parametrize("protocol", [Solo("first"), Debate(judge="first")], ids=["alone", "simultaneous"])
+def test_an_agent_that_was_cancelled_from_within_costs_its_own_episode_alone(protocol: ReasoningProtocol) -> None:
+    async def say(turn: Turn, seed: int) -> str:
+        if next(message.text for message in turn.messages if message.role == "user") == "question 3":
+            raise asyncio.CancelledError
+        return "even"
+
+    episodes = play(protocol, dict.fromkeys(protocol.seats, FunctionAgent(say)), environment(40))
+    assert [episode.id for episode in episodes] == [f"p{number}#0" for number in range(40)]
+    assert [episode.id for episode in episodes if episode.error] == ["p3#0"]
+    assert str(episodes[3].error).startswith("CancelledError")
+
+
 def test_an_exception_of_the_grader_is_recorded_with_the_whole_transcript() -> None:
     agent = ScriptedAgent(["ungradable"])
     episode = asyncio.run(play_episode(Solo(), {"solver": agent}, LengthGrader(), Problem("p", "q", "a")))
