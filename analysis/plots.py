@@ -4,8 +4,30 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from turnwise.analysis.summary import by_level, summarise
+from turnwise.analysis.control import Control
 from turnwise.environments.episode import Episode
+from turnwise.rl.summary import Summary, by_level, summarise
+
+
+def heat_map(pool: Sequence[Sequence[Summary | Control]], names: tuple[str, str], *, title: str = "") -> Figure:
+    """Accuracy and tokens of every round of one policy (rows) with every round of another (columns)."""
+    figure = Figure(figsize=(9, 4.2), dpi=150, layout="constrained")
+    if title:
+        figure.suptitle(title)
+    accuracy = [[summary.accuracy for summary in row] for row in pool]
+    tokens = [[summary.tokens for summary in row] for row in pool]
+    panels = ((accuracy, "{:.1%}", "right"), (tokens, "{:.0f}", "sampled tokens an episode"))
+    for axes, (values, form, heading) in zip(figure.subplots(1, 2), panels, strict=True):
+        image = axes.imshow(values, cmap="viridis", aspect="auto")
+        axes.set(title=heading, xlabel=f"{names[1]} after round", ylabel=f"{names[0]} after round")
+        axes.set_xticks(range(len(values[0])), [f"r{round}" for round in range(len(values[0]))])
+        axes.set_yticks(range(len(values)), [f"r{round}" for round in range(len(values))])
+        middle = (image.norm.vmin + image.norm.vmax) / 2
+        for row, cells in enumerate(values):
+            for column, value in enumerate(cells):
+                colour = "black" if value > middle else "white"
+                axes.text(column, row, form.format(value), ha="center", va="center", color=colour, fontsize=9)
+    return figure
 
 
 def accuracy_over_tokens(runs: Mapping[str, Sequence[Episode]], *, title: str = "") -> Figure:

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from turnwise.analysis.summary import Summary, accuracy_efficiency_score, by_level, summarise
+from turnwise.analysis.control import Control
 from turnwise.environments.episode import Episode
+from turnwise.rl.summary import Summary, accuracy_efficiency_score, by_level, summarise
 
 
 def comparison(runs: Mapping[str, Sequence[Episode]], *, baseline: str, title: str = "") -> Table:
@@ -43,6 +44,33 @@ def levels(runs: Mapping[str, Sequence[Episode]], *, title: str = "") -> Table:
     for level in sorted({level for summaries in tables.values() for level in summaries}):
         cells = (summaries.get(level) for summaries in tables.values())
         table.add_row(str(level), *(f"{s.accuracy:.0%} in {s.tokens:.0f}" if s else "" for s in cells))
+    return table
+
+
+def rounds_played(
+    pool: Sequence[Sequence[Summary]], path: Sequence[tuple[int, int]], names: tuple[str, str], base: Summary
+) -> Table:
+    """One row for each round of a training run in which two policies were partners, AES against `base`."""
+    table = Table(title="Round by round", title_justify="left")
+    for heading in ("", "right", "95% interval", "tokens", "turns", "AES"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row, column in path:
+        summary = pool[row][column]
+        low, high = summary.interval
+        table.add_row(
+            f"{names[0]}-r{row}⊗{names[1]}-r{column}", f"{summary.accuracy:.1%}", f"{low:.1%} to {high:.1%}",
+            f"{summary.tokens:.1f}", f"{summary.turns:.1f}", _aes(summary, base),
+        )  # fmt: skip
+    return table
+
+
+def equal_tokens(controls: Mapping[str, Control]) -> Table:
+    """One row a control: what a lone agent gets right, and for how many tokens."""
+    table = Table(title="For the same tokens, alone", title_justify="left")
+    for heading in ("", "right", "tokens"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, control in controls.items():
+        table.add_row(name, f"{control.accuracy:.1%}", f"{control.tokens:.1f}")
     return table
 
 

@@ -15,7 +15,7 @@ class Gated(GraphProtocol):
 
     def __init__(self, dialogue: LongShort | None = None, *, reward: RewardSum = DEFAULT_REWARD) -> None:
         inner = (dialogue or LongShort()).graph
-        gate = State(seat="router", closes={"<think>": inner.start, "<short>": "alone"}, max_tokens=1)
+        gate = State(seat="router", closes={"<think>": inner.start, "<short>": "alone"}, max_tokens=1, control=True)
         alone = State(seat="short", closes={"</answer>": END}, max_tokens=inner.states["answer"].max_tokens, reads=())
         opened = {name: state.model_copy(update={"reads": tuple(inner.states)}) for name, state in inner.states.items()}
         graph = TurnGraph(

@@ -1,5 +1,6 @@
 """A protocol declared as a graph of turns, checked when it is built."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -21,7 +22,8 @@ class State(BaseModel):
     A turn ends at one of the closing tags in `closes`, which names the state that follows each; where it ends
     otherwise (end of sequence, token budget) `then` follows. Simultaneous turns have but one way to go on. `ask` is put
     to the seat as a message of the user's before it speaks, and `prefill` begins its turn for it. `reads` names the
-    states whose turns it reads (None: all of them). `answer_after` is the tag behind which the answer stands.
+    states whose turns it reads (None: all of them). `answer_after` is the tag behind which the answer stands. In a
+    `control` state every sampled token is a control token, which chooses a mode.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +36,7 @@ class State(BaseModel):
     prefill: str = ""
     reads: tuple[str, ...] | None = None
     answer_after: str = ""
+    control: bool = False
 
     @property
     def seats(self) -> tuple[str, ...]:
@@ -196,6 +199,7 @@ class GraphProtocol(ReasoningProtocol):
         self.graph = graph
         self.reward = reward
         self.seats = tuple(graph.seats)
+        self.control_states = frozenset(name for name, state in graph.states.items() if state.control)
         # Read at every turn of every episode, where computing them anew from the graph would show.
         self._moves = {name: (len(state.seats), state.successors(), state.then) for name, state in graph.states.items()}
         self._speakers = {name: state.seats for name, state in graph.states.items()}
@@ -207,6 +211,12 @@ class GraphProtocol(ReasoningProtocol):
             visits: {name: graph.entered(name, visits) for name in [*graph.states, END]}
             for visits in ((last - 1, last) if last else ())
         }
+
+    @property
+    def fingerprint(self) -> str:
+        """The name of the class, and a hash of the graph and the reward."""
+        described = f"{self.graph.model_dump_json()} {self.reward}"
+        return f"{type(self).__name__} {hashlib.blake2b(described.encode(), digest_size=8).hexdigest()}"
 
     def next_turns(self, transcript: Transcript) -> list[Turn]:
         """One turn for each seat of the current state that has not spoken in it; none at the end."""

@@ -11,10 +11,17 @@ from turnwise.protocols.rewards import Reward
 class ReasoningProtocol(ABC):
     """Pure functions of the transcript. Replay, branching, resuming and Monte Carlo from any prefix follow from that.
 
-    `seats` names every role, in a fixed order.
+    `seats` names every role, in a fixed order. `control_states` names the states whose sampled tokens are control
+    tokens: they choose a mode, and DeGRPO weighs them apart from the words that follow (`turnwise.rl.loss`).
     """
 
     seats: tuple[str, ...]
+    control_states: frozenset[str] = frozenset()
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two protocols that play and pay alike: by it a run is known again when it is resumed."""
+        return type(self).__qualname__
 
     @abstractmethod
     def next_turns(self, transcript: Transcript) -> Sequence[Turn]:

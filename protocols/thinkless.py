@@ -23,7 +23,7 @@ class Thinkless(GraphProtocol):
         reward: RewardSum | None = None,
     ) -> None:
         states = {
-            "route": State(seat="solver", closes={"<short>": "short", "<think>": "think"}, max_tokens=1),
+            "route": State(seat="solver", closes={"<short>": "short", "<think>": "think"}, max_tokens=1, control=True),
             "short": State(seat="solver", max_tokens=short_tokens),
             "think": State(seat="solver", max_tokens=think_tokens, answer_after="</think>"),
         }

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from turnwise.agents.chat import ChatTemplate
 from turnwise.environments.arithmetic import PROBLEM_SETS, Chain, apply, generate, parse_chain
@@ -21,6 +22,8 @@ LEVELS = PROBLEM_SETS["mixed"]
 # At once only the first level can be learnt to the end, so it is practised most.
 SHORT_LEVELS = (1, 1, 1, 1, 2, 2, 3, 4, 5, 6)
 CHECKED_SHARE = 0.6
+# With a partner, a thought may also be put in few words. That is rare, so that there is something to find.
+TERSE_SHARE = 0.2
 
 
 def thoughts(chain: Chain, first: int, last: int, rng: random.Random) -> str:
@@ -34,6 +37,23 @@ def thoughts(chain: Chain, first: int, last: int, rng: random.Random) -> str:
         if rng.random() < CHECKED_SHARE:
             paragraphs.append(f"Wait, let me check: {_check(before, operation, operand, digit)}.\n\n")
     return "".join(paragraphs)
+
+
+def terse_thoughts(chain: Chain, first: int, last: int) -> str:
+    """Steps `first` to `last` of a chain, thought aloud in as few words as still show how."""
+    befores = [chain.start, *chain.digits]
+    return "".join(
+        f"{before}{operation}{operand}={apply(before, operation, operand)}, so {digit}.\n\n"
+        for before, (operation, operand), digit in list(zip(befores, chain.steps, chain.digits, strict=False))[
+            first:last
+        ]
+    )
+
+
+def marks(chain: Chain, first: int, last: int) -> str:
+    """Steps `first` to `last` of a chain as short as they can be written: the operation, and the digit after it."""
+    steps = zip(chain.steps[first:last], chain.digits[first:last], strict=True)
+    return "".join(f" {operation}{operand}→{digit}" for (operation, operand), digit in steps)
 
 
 def _check(before: int, operation: str, operand: int, digit: int) -> str:
@@ -52,15 +72,16 @@ def think_through(chain: Chain, rng: random.Random) -> str:
     )
 
 
-def say_alone(turn: Turn, chain: Chain, done: int, rng: random.Random) -> tuple[str, int]:
-    """One turn alone: `<think>` and a long answer, `<short>` or `<answer>` and the digit at once."""
+def say_alone(turn: Turn, chain: Chain, done: int, rng: random.Random, *, most: int = 2) -> tuple[str, int]:
+    """One turn alone: `<think>` and a long answer, `<short>` and `most` steps or fewer, `<answer>` and the digit."""
     everything = len(chain.steps)
     if turn.state == "route":
         return rng.choice(("<short>", "<think>")), done
     if turn.seat == "short":
         return f"<answer> \\boxed{{{chain.digits[-1]}}}</answer>", everything
     if turn.state == "short":
-        return f"The answer is \\boxed{{{chain.digits[-1]}}}.", everything
+        shown = min(everything, rng.randint(0, most))
+        return f"{marks(chain, 0, shown)} \\boxed{{{chain.digits[-1]}}}", everything
     opening = "<think>" if turn.seat == "long" else ""
     return opening + think_through(chain, rng), everything
 
@@ -71,16 +92,14 @@ def say_together(turn: Turn, chain: Chain, done: int, rng: random.Random) -> tup
     left = everything - done
     if turn.seat == "long":
         now = done + min(left, rng.choice((1, 1, 2)))
-        return f"<think>{thoughts(chain, done, now, rng)}</think>", now
+        terse = rng.random() < TERSE_SHARE
+        thought = terse_thoughts(chain, done, now) if terse else thoughts(chain, done, now, rng)
+        return f"<think>{thought}</think>", now
     forced = bool(turn.prefill)
     now = done + (left if forced else min(left, rng.choice((1, 1, 2, 3, 6))))
-    steps = "".join(
-        f" {operation}{operand}→{digit}"
-        for (operation, operand), digit in zip(chain.steps[done:now], chain.digits[done:now], strict=True)
-    )
     opening = "" if forced else "<answer>"
     closing = f" \\boxed{{{chain.digits[-1]}}}</answer>" if now == everything else "</rethink>"
-    return opening + steps + closing, now
+    return opening + marks(chain, done, now) + closing, now
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +142,8 @@ LESSONS = {
         Lesson(0.1, CUT_SHORT, say_together, ("short",), LEVELS),
     ),
     "router": (
-        Lesson(0.6, ROUTED, say_alone, ("solver",), LEVELS),
-        Lesson(0.4, BRIEF, say_alone, ("solver",), SHORT_LEVELS),
+        Lesson(0.6, ROUTED, partial(say_alone, most=3), ("solver",), LEVELS),
+        Lesson(0.4, BRIEF, partial(say_alone, most=3), ("solver",), SHORT_LEVELS),
     ),
 }
 

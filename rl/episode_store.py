@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -14,8 +14,7 @@ from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
 from turnwise.environments.problem import Problem
 from turnwise.environments.transcript import Reply, Step, Transcript
-
-FORMAT = 1
+from turnwise.rl.run_folder import Run, claim
 
 T = TypeVar("T")
 
@@ -27,14 +26,13 @@ class EpisodeStore:
     is next opened, and its episode is played again. An episode that failed may be appended a second time: the last
     one counts.
 
-    `run` is what must be equal for two runs to be the same one (protocol, models, problems, seed). Raises InputError
-    where the folder holds another run or something else, where another process is writing to it, and where an episode
-    cannot be written; those before it are safe.
+    Raises InputError where the folder holds another run or something else, where another process is writing to it, and
+    where an episode cannot be written; those before it are safe.
     """
 
-    def __init__(self, folder: str | Path, run: Mapping[str, str | int | float]) -> None:
+    def __init__(self, folder: str | Path, run: Run) -> None:
         self.folder = Path(folder)
-        self._claim(dict(run))
+        claim(self.folder, run)
         self._path = self.folder / "episodes.jsonl"
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -87,32 +85,6 @@ class EpisodeStore:
             raise InputError(
                 f"another process is writing to {self.folder}; wait for it or choose another folder"
             ) from None
-
-    def _claim(self, run: dict[str, str | int | float]) -> None:
-        described = self.folder / "run.json"
-        mine = orjson.loads(orjson.dumps({"format": FORMAT, **run}))
-        if described.exists():
-            held = read_run(self.folder)
-            different = sorted(key for key in held | mine if held.get(key) != mine.get(key))
-            if different:
-                told = ", ".join(f"{key}: {held.get(key)!r} there, {mine.get(key)!r} here" for key in different)
-                raise InputError(f"{self.folder} holds another run ({told}); choose another folder or remove it")
-            return
-        draft = described.with_suffix(".draft")  # a kill may have left one
-        if self.folder.exists() and (not self.folder.is_dir() or any(path != draft for path in self.folder.iterdir())):
-            raise InputError(f"{self.folder} exists and holds no run; choose a new or an empty folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(orjson.dumps(mine, option=orjson.OPT_INDENT_2))
-        draft.rename(described)
-
-
-def read_run(folder: str | Path) -> dict[str, str | int | float]:
-    """What `run.json` of a store says."""
-    try:
-        run: dict[str, str | int | float] = orjson.loads((Path(folder) / "run.json").read_bytes())
-    except (OSError, orjson.JSONDecodeError) as error:
-        raise InputError(f"{folder} holds no readable run.json: {error}") from None
-    return run
 
 
 def read_episodes(path: str | Path) -> Iterator[Episode]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from turnwise.environments.errors import InputError
+from turnwise.rl.run_folder import write_whole
 from turnwise.rl.trajectory import TokenSequence
 
 UNTRAINED = -100
@@ -78,7 +80,8 @@ def train(
         on_step(step, loss)
         if checkpoint is not None and (step % settings.save_every == 0 or step == settings.steps):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            _save(state | {"scheduler": scheduler.state_dict()}, checkpoint)
+            state |= {"scheduler": scheduler.state_dict()}
+            write_whole(checkpoint, partial(torch.save, state))
     model.train(False)
     if done < settings.steps:
         raise InputError(f"the sequences ran out after {done} of {settings.steps} steps; give more, or ask for fewer")
@@ -117,11 +120,3 @@ def _rate(step: int, settings: SFTSettings) -> float:
         return (step + 1) / rising
     falling = (step - rising) / max(1.0, settings.steps - rising)
     return 0.1 + 0.9 * (1 + math.cos(math.pi * min(1.0, falling))) / 2
-
-
-def _save(state: dict[str, object], path: Path) -> None:
-    """Never leaves a half-written checkpoint in place of a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".draft")
-    torch.save(state, draft)
-    draft.replace(path)

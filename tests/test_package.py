@@ -39,7 +39,7 @@ def tracked() -> list[Path]:
     "modules",
     [
         "turnwise",
-        "turnwise.protocols.long_short, turnwise.rl.rollout, turnwise.agents.scripted, turnwise.analysis.summary, "
+        "turnwise.protocols.long_short, turnwise.rl.rollout, turnwise.agents.scripted, turnwise.rl.summary, "
         "turnwise.environments.arithmetic, turnwise.environments.math_grader, turnwise.cli",
     ],
 )

@@ -1,19 +1,25 @@
 """What the command line and the examples share: problems by name, progress to watch, and one-line errors."""
 
 import asyncio
-import hashlib
 import sys
-from collections.abc import Callable, Mapping
+import tomllib
+from argparse import ArgumentParser
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
+import orjson
 import typer
+from pydantic import BaseModel, ValidationError
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from turnwise.analysis.tables import comparison, levels
+from turnwise.analysis.control import Control
+from turnwise.analysis.tables import comparison, equal_tokens, levels, rounds_played
 from turnwise.environments.arithmetic import PROBLEM_SETS, arithmetic
 from turnwise.environments.environment import Environment, Grader
 from turnwise.environments.episode import Episode
@@ -21,6 +27,12 @@ from turnwise.environments.errors import InputError
 from turnwise.protocols.graph import GraphProtocol
 from turnwise.rl.episode_store import EpisodeStore
 from turnwise.rl.rollout import Team, in_order, rollout
+from turnwise.rl.summary import Summary, record
+
+if TYPE_CHECKING:
+    from turnwise.rl.trainer import Trainer
+
+C = TypeVar("C", bound=BaseModel)
 
 SEAT_STYLES = ("cyan", "yellow", "green", "magenta", "blue")
 
@@ -29,8 +41,41 @@ def run(main: Callable[..., None]) -> None:
     """Runs a script's `main` with its flags. What a user must mend is one line on stderr, and exit code 2."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
+    _told(app)
+
+
+def run_configured(main: Callable[[C], None], config: type[C]) -> None:
+    """Runs a script's `main` with a config: its defaults, then the TOML file of `--config`, then the other flags.
+
+    A nested setting is a table in the file and a dotted flag: `--learner.loss.alpha 0.5`. Errors are as `run` shows
+    them; the docstring of `config` is what `--help` says.
+    """
+    _told(lambda: main(read_config(config, sys.argv[1:])))
+
+
+def read_config(config: type[C], arguments: list[str]) -> C:
+    """The config that a command line asks for. Raises InputError for a file or a setting that it cannot use."""
+    from pydantic_settings import CliApp  # argparse's heavy sister: only where a config is read
+
+    files = ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", type=Path)
+    known, flags = files.parse_known_args(arguments)
+    written: dict[str, object] = {}
+    if known.config is not None:
+        try:
+            written = tomllib.loads(known.config.read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise InputError(f"--config must name a TOML file; {known.config} cannot be read: {error}") from None
     try:
-        app()
+        return CliApp.run(config, cli_args=flags, **written)  # type: ignore[arg-type]
+    except ValidationError as errors:
+        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}; got {e['input']!r}" for e in errors.errors()]
+        raise InputError("; ".join(faults)) from None
+
+
+def _told(command: Callable[[], None]) -> None:
+    try:
+        command()
     except InputError as error:
         Console(stderr=True, soft_wrap=True).print(Text(f"error: {error}", style="red"))
         sys.exit(2)
@@ -68,17 +113,16 @@ def play_shown(
     *,
     seed: int = 0,
     shown: int = 0,
+    samples: int = 1,
     output: Path | None = None,
     settings: dict[str, str | int | float] | None = None,
 ) -> list[Episode]:
-    """Plays every problem once under a progress bar, and prints the first `shown` conversations as they end.
+    """Plays every problem `samples` times under a progress bar; prints the first `shown` conversations as they end.
 
     With an `output` folder the episodes are kept in a subfolder named after `title`; what is there already is not
     played again. `settings` is what, besides protocol, problems and seed, must be equal for that.
     """
-    graph = hashlib.blake2b(protocol.graph.model_dump_json().encode(), digest_size=8).hexdigest()
-    played = {"protocol": type(protocol).__name__, "graph": graph, "problems": environment.name}
-    described = {**played, "seed": seed, **(settings or {})}
+    described = {"protocol": protocol.fingerprint, "problems": environment.name, "seed": seed, **(settings or {})}
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         EpisodeStore(output / title.replace(" ", "-"), described) if output else nullcontext() as store,
@@ -86,10 +130,10 @@ def play_shown(
     ):
         episodes = in_order(environment, (episode for episode in store or () if episode.error is None))
         already = len(episodes)
-        task = progress.add_task(title, total=len(environment.problems), completed=already)
+        task = progress.add_task(title, total=len(environment.problems) * samples, completed=already)
 
         async def watch() -> None:
-            async for episode in rollout(protocol, team, environment, seed=seed, store=store):
+            async for episode in rollout(protocol, team, environment, samples=samples, seed=seed, store=store):
                 if len(episodes) - already < shown:
                     console.print(conversation(episode))
                 episodes.append(episode)
@@ -122,14 +166,85 @@ def play_side_by_side(
             title, protocol, team, environment, console,
             seed=seed, shown=0 if runs else shown, output=output, settings=settings,
         )  # fmt: skip
+    show_results(runs, environment, console, baseline=baseline, plot=plot)
+
+
+def show_results(
+    runs: Mapping[str, Sequence[Episode]],
+    environment: Environment,
+    console: Console,
+    *,
+    baseline: str,
+    controls: Mapping[str, Control] | None = None,
+    plot: Path | None = None,
+    results: Path | None = None,
+) -> None:
+    """Prints what each run came to, over all and by level, and the `controls`: what a lone agent gets for such tokens.
+
+    AES is against the run named by `baseline`. `plot` is a PNG of accuracy over tokens, `results` a JSON file.
+    """
     title = f"{len(environment.problems)} problems of {environment.name}"
     console.print(comparison(runs, baseline=baseline, title=title))
     if len({problem.level for problem in environment.problems}) > 1:
         console.print(levels(runs, title="Right, in how many tokens, by level"))
+    if controls:
+        console.print(equal_tokens(controls))
+    if results:
+        found = {name: record(episodes) for name, episodes in runs.items()}
+        held_against = {name: asdict(control) for name, control in (controls or {}).items()}
+        results.write_bytes(orjson.dumps({"runs": found, "controls": held_against}, option=orjson.OPT_INDENT_2))
     if plot:
         from turnwise.analysis.plots import accuracy_over_tokens  # matplotlib: only where it is asked for
 
         accuracy_over_tokens(runs, title=title).savefig(plot)
+
+
+def show_pool(
+    pool: Sequence[Sequence[Summary]],
+    path: Sequence[tuple[int, int]],
+    names: tuple[str, str],
+    base: Summary,
+    console: Console,
+    *,
+    folder: Path,
+) -> None:
+    """Prints what two policies came to round by round; writes all their rounds together to `pool.json` and `.png`."""
+    from turnwise.analysis.plots import heat_map  # matplotlib: only where it is asked for
+
+    console.print(rounds_played(pool, path, names, base))
+    rows = [[{"accuracy": cell.accuracy, "tokens": cell.tokens, "turns": cell.turns} for cell in row] for row in pool]
+    found = {"rows": names[0], "columns": names[1], "path": path, "pool": rows}
+    (folder / "pool.json").write_bytes(orjson.dumps(found, option=orjson.OPT_INDENT_2))
+    heat_map(pool, names).savefig(folder / "pool.png")
+
+
+def train_shown(trainer: "Trainer", console: Console) -> None:
+    """Trains to the end under one live line: the step, who learns, and what the last episodes came to.
+
+    Evaluations are printed as they come, and so is the first step of a mode's collapse.
+    """
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    alarmed = None
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=trainer.steps)
+        for report in trainer.train():
+            if report.evaluation is not None:
+                console.print(f"step {report.step:>4}  {_told_of(report.evaluation)}", highlight=False)
+            if report.collapsed != alarmed and (alarmed := report.collapsed):
+                warning = f"step {report.step:>4}  only {alarmed} is chosen: the other modes are no longer tried"
+                console.print(Text(warning, style="red"))
+            if report.round is not None:
+                who = f"round {report.round.number}, {'+'.join(report.round.trains)}"
+                came_to = f"{report.figures['right']:.0%} right in {report.figures['tokens']:.0f} tokens"
+                shares = (f" {mode} {share:.0%}" for mode, share in report.modes.items())
+                progress.update(task, description=f"{who}: {came_to}{''.join(shares)}")
+            progress.update(task, completed=report.step)
+
+
+def _told_of(summary: Summary) -> str:
+    low, high = summary.interval
+    told = f"{summary.accuracy:.1%} right ({low:.1%} to {high:.1%}) in {summary.tokens:.1f} tokens"
+    return told if summary.think_share is None else f"{told}, thinks {summary.think_share:.0%}"
 
 
 def conversation(episode: Episode) -> Panel:

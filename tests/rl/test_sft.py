@@ -32,14 +32,14 @@ def stream() -> Iterator[TokenSequence]:
     for number in range(1000):
         length = 4 + number % 7
         ids = tuple((number * 5 + 3 * place) % 24 for place in range(length))
-        yield TokenSequence(ids, tuple(place >= 2 for place in range(length)))
+        yield TokenSequence(ids, ((2, length),))
 
 
 def test_loss_is_summed_over_trained_tokens_and_ignores_padding() -> None:
     model = tiny()
     batch = [
-        TokenSequence((1, 2, 3, 4, 5), (False, False, True, False, True)),
-        TokenSequence((7, 8, 9), (False, True, True)),
+        TokenSequence((1, 2, 3, 4, 5), ((2, 3), (4, 5))),
+        TokenSequence((7, 8, 9), ((1, 3),)),
     ]
     expected = []
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_loss_is_summed_over_trained_tokens_and_ignores_padding() -> None:
 
 def test_untrained_tokens_get_no_gradient_as_targets() -> None:
     model = tiny()
-    summed_loss(model, [TokenSequence((1, 2, 3), (False, True, False))]).backward()
+    summed_loss(model, [TokenSequence((1, 2, 3), ((1, 2),))]).backward()
     # Only the prediction of token 2 is trained, so the head's gradient comes from the first position alone.
     gradient = model.lm_head.weight.grad
     assert gradient is not None

@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from turnwise.agents.tiny import LONG, ROUTER, SHORT
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
-from turnwise.analysis.summary import summarise
 from turnwise.environments.arithmetic import arithmetic, generate
 from turnwise.environments.episode import Episode
 from turnwise.environments.math_grader import MathGrader
@@ -24,6 +23,7 @@ from turnwise.rl import tiny_models
 from turnwise.rl.episode_store import encode
 from turnwise.rl.rollout import Team, play
 from turnwise.rl.sft import SFTSettings
+from turnwise.rl.summary import summarise
 from turnwise.rl.tiny_models import build_tokenizer
 
 LONG_ALONE, SHORT_ALONE = Solo("long", answer_after="</think>"), Solo("short", stops=("</answer>",))

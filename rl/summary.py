@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import sqrt
 from statistics import fmean
 
@@ -62,6 +62,17 @@ def by_level(episodes: Sequence[Episode]) -> dict[int, Summary]:
     """A summary for each level of difficulty of which an episode finished, in order."""
     levels = sorted({episode.transcript.problem.level for episode in episodes if episode.grade is not None})
     return {level: summarise(e for e in episodes if e.transcript.problem.level == level) for level in levels}
+
+
+def record(episodes: Sequence[Episode]) -> dict[str, object]:
+    """The summary of some episodes, and that of each level, as what JSON can hold."""
+    levels = {str(level): _plain(summary) for level, summary in by_level(episodes).items()}
+    return {**_plain(summarise(episodes)), "levels": levels}
+
+
+def _plain(summary: Summary) -> dict[str, object]:
+    outcomes = {str(outcome): count for outcome, count in summary.outcomes.items()}
+    return {**asdict(summary), "outcomes": outcomes}
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> Interval:

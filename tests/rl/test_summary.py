@@ -2,11 +2,11 @@ from statistics import fmean
 
 import pytest
 
-from turnwise.analysis.summary import Summary, accuracy_efficiency_score, by_level, summarise, wilson
 from turnwise.environments.environment import Grade, Outcome
 from turnwise.environments.episode import Episode
 from turnwise.environments.problem import Problem
 from turnwise.environments.transcript import Reply, Step, Transcript
+from turnwise.rl.summary import Summary, accuracy_efficiency_score, by_level, summarise, wilson
 
 
 def step(seat: str, tokens: int, *, stop: str | None = None, prefill: str = "") -> Step:

@@ -1,0 +1,348 @@
+"""Several policies trained together: rollouts, credit, updates, evaluation, checkpoints."""
+
+import asyncio
+import copy
+import random
+import shutil
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+from turnwise.agents.agent import Agent
+from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
+from turnwise.environments.environment import Environment
+from turnwise.environments.episode import Episode
+from turnwise.environments.errors import InputError
+from turnwise.environments.problem import Problem
+from turnwise.environments.seeds import turn_seed
+from turnwise.protocols.protocol import ReasoningProtocol
+from turnwise.rl.advantage import Estimator, Grouping, assign_credit
+from turnwise.rl.episode_store import EpisodeStore
+from turnwise.rl.learner import Learner, LearnerSettings
+from turnwise.rl.metrics import MetricsLog, collapsed_mode, evaluation_figures, mode_shares, training_figures
+from turnwise.rl.rollout import in_order, rollout
+from turnwise.rl.rounds import Round, parse_rounds
+from turnwise.rl.run_folder import Run, claim, write_whole
+from turnwise.rl.summary import Summary, accuracy_efficiency_score, summarise
+
+# So many steps with but one mode raise the alarm.
+COLLAPSED_FOR = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Weights that are trained, the seats that they fill, and how they learn.
+
+    `model` is a checkpoint folder or a hub id. One policy in several seats is trained on what all of them said.
+    """
+
+    model: str | Path
+    seats: tuple[str, ...]
+    learner: LearnerSettings = field(default_factory=LearnerSettings)
+
+
+class TrainingSettings(BaseModel):
+    """How long, on how much, and by what credit the policies are trained.
+
+    `rounds` says who trains in each of them, `steps` steps long: "long long short" (`turnwise.rl.rounds`); empty: all
+    policies at once. A step plays `problems` problems `samples` times each, at `temperature`. `estimator`, `grouping`
+    and `skip_equal` are `assign_credit`'s. After every `evaluate_every` steps, and at the end of each round, the
+    policies are evaluated, at `evaluation_temperature`; every `checkpoint_every` the state of the run is saved; of
+    every `keep_episodes`-th step the episodes are kept (0: of none).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rounds: str = ""
+    steps: PositiveInt = 100
+    problems: PositiveInt = 24
+    samples: PositiveInt = 8
+    temperature: PositiveFloat = 1.0
+    estimator: Estimator = "mean-centred"
+    grouping: Grouping = "seat"
+    skip_equal: bool = False
+    seed: int = 0
+    evaluate_every: PositiveInt = 20
+    evaluation_temperature: Annotated[float, Field(ge=0)] = 0.6
+    checkpoint_every: PositiveInt = 10
+    keep_episodes: Annotated[int, Field(ge=0)] = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One training step, as it was logged. `collapsed` is the mode that has driven out all others of late, if any."""
+
+    step: int
+    steps: int
+    round: Round | None
+    figures: Mapping[str, float]
+    evaluation: Summary | None
+    collapsed: str | None
+
+    @property
+    def modes(self) -> Mapping[str, float]:
+        """The share of each mode among the choices of the step's episodes."""
+        return mode_shares(self.figures)
+
+
+class Trainer:
+    """Trains `policies` on the problems of `environment`, and evaluates them on those of `evaluation`.
+
+    The seats that no policy fills are filled by `partners`. `folder` holds the whole run: `metrics.jsonl`, events for
+    TensorBoard, `episodes/`, `policies/NAME/rK` (the weights after the K-th of a policy's rounds), `best/NAME` (of the
+    evaluation with the best AES against the first one) and `checkpoint.pt`. A run that was stopped goes on from there:
+    all randomness comes from the seed and the number of the step, so it ends, bit for bit, as if it had not stopped.
+
+    Raises InputError for seats without an agent, policies without a seat, groups that are too small to be compared,
+    and a folder that holds another run.
+    """
+
+    def __init__(
+        self,
+        protocol: ReasoningProtocol,
+        policies: Mapping[str, Policy],
+        environment: Environment,
+        evaluation: Environment,
+        settings: TrainingSettings,
+        folder: str | Path,
+        *,
+        partners: Mapping[str, Agent] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.protocol, self.policies, self.settings, self.folder = protocol, policies, settings, Path(folder)
+        self.environment, self.evaluation = environment, evaluation
+        self._partners = dict(partners or {})
+        self.rounds = parse_rounds(settings.rounds or "+".join(policies), settings.steps, tuple(policies))
+        self._check()
+        self.steps = self.rounds[-1].end
+        claim(self.folder, self._run())
+        self.engines = {
+            name: TransformersEngine.load(policy.model, device=device, dtype=torch.float32)
+            for name, policy in policies.items()
+        }
+        self._learners = {name: self._learner(name, policy) for name, policy in policies.items()}
+        self._done = -1
+        self._base: tuple[float, float] | None = None
+        self._best = float("-inf")
+        self._shares: deque[Mapping[str, float]] = deque(maxlen=COLLAPSED_FOR)
+
+    def train(self) -> Iterator[Report]:
+        """Trains to the end, from where the run in the folder was, and reports each step.
+
+        Step 0 is the first evaluation, before anything is learnt.
+        """
+        self._resume()
+        log = MetricsLog(self.folder, last=self._done)
+        try:
+            while self._done < self.steps:
+                report = self._step(self._done + 1)
+                log.write(report.step, report.figures)
+                self._done = report.step
+                ends_round = report.round is None or report.step == report.round.end
+                if ends_round or report.step % self.settings.checkpoint_every == 0:
+                    self._save()
+                yield report
+        finally:
+            log.close()
+
+    def team(self, temperature: float) -> dict[str, Agent]:
+        """All agents, the policies as they are now, at some temperature."""
+        team = dict(self._partners)
+        for name, policy in self.policies.items():
+            agent = TransformersAgent(self.engines[name], temperature=temperature, name=name)
+            team |= dict.fromkeys(policy.seats, agent)
+        return team
+
+    def _step(self, step: int) -> Report:
+        """Plays, learns, evaluates."""
+        if step == 0:
+            for name in self.policies:
+                self._snapshot(name)
+            summary, figures = self._evaluate()
+            return Report(0, self.steps, None, figures, summary, None)
+        now = next(round for round in self.rounds if step <= round.end)
+        episodes = self._play(step)
+        groups = self._groups(episodes)
+        paid = [self.protocol.rewards(group, step) for group in groups]
+        if not groups:
+            raise InputError(f"all {len(episodes)} episodes of step {step} failed; the first: {episodes[0].error}")
+        control = self.protocol.control_states
+        figures = training_figures(groups, paid, control)
+        figures["failed"] = float(len(episodes) - sum(map(len, groups)))
+        for name in now.trains:
+            credit = assign_credit(
+                groups, paid, self.policies[name].seats, estimator=self.settings.estimator,
+                grouping=self.settings.grouping, skip_equal=self.settings.skip_equal,
+            )  # fmt: skip
+            seed = self._seed("update", step)
+            learnt = self._learners[name].update(credit.samples, control_states=control, seed=seed)
+            counts = {"groups": credit.groups, "groups_equal": credit.equal, "groups_single": credit.single}
+            figures |= {f"{name}/{figure}": value for figure, value in {**counts, **learnt}.items()}
+        self._shares.append(mode_shares(figures))
+        if step == now.end:
+            for name in now.trains:
+                self._snapshot(name)
+        evaluation = None
+        if step == now.end or step % self.settings.evaluate_every == 0:
+            evaluation, evaluated = self._evaluate()
+            figures |= evaluated
+        collapsed = collapsed_mode(self._shares) if len(self._shares) == COLLAPSED_FOR else None
+        return Report(step, self.steps, now, figures, evaluation, collapsed)
+
+    def _play(self, step: int) -> list[Episode]:
+        problems = problems_of_step(self.environment.problems, self.settings.problems, step, self.settings.seed)
+        environment = Environment(self.environment.name, problems, self.environment.grader)
+        settings, store = self.settings, None
+        if settings.keep_episodes and step % settings.keep_episodes == 0:
+            folder = self.folder / "episodes" / f"{step:06}"
+            shutil.rmtree(folder, ignore_errors=True)  # of a step that a kill cut short, and that is done again
+            store = EpisodeStore(folder, {**self._run(), "step": step})
+        with store or nullcontext():
+            return self._roll_out(environment, settings.samples, settings.temperature, self._seed("play", step), store)
+
+    def _roll_out(
+        self, environment: Environment, samples: int, temperature: float, seed: int, store: EpisodeStore | None = None
+    ) -> list[Episode]:
+        """All episodes at once, in the problems' order.
+
+        At once, so that what is batched with what, on which the last bits of a log-probability depend, does not depend
+        on how long grading takes. The engines forget what they have cached, for the same reason, and since weights may
+        have changed.
+        """
+        for name, engine in self.engines.items():
+            engine.version = self._learners[name].version
+        team = self.team(temperature)
+
+        async def gather() -> list[Episode]:
+            stream = rollout(
+                self.protocol, team, environment, samples=samples, seed=seed, store=store,
+                concurrency=len(environment.problems) * samples,
+            )  # fmt: skip
+            return [episode async for episode in stream]
+
+        return in_order(environment, asyncio.run(gather()))
+
+    def _groups(self, episodes: Sequence[Episode]) -> list[list[Episode]]:
+        """The episodes that ended in a grade, by problem."""
+        graded = (episode for episode in episodes if episode.grade is not None)
+        return [list(group) for _, group in groupby(graded, key=lambda episode: episode.transcript.problem.id)]
+
+    def _evaluate(self) -> tuple[Summary, dict[str, float]]:
+        """Plays the evaluation's problems once each; saves the policies where they have never done better."""
+        episodes = self._roll_out(self.evaluation, 1, self.settings.evaluation_temperature, self._seed("evaluate", 0))
+        summary = summarise(episodes)
+        accuracy, tokens = self._base = self._base or (summary.accuracy, summary.tokens)
+        score = summary.accuracy
+        if accuracy:
+            score = accuracy_efficiency_score(
+                summary.accuracy, summary.tokens, base_accuracy=accuracy, base_tokens=tokens
+            )
+        if score > self._best:
+            self._best = score
+            for name in self.policies:
+                self._save_weights(name, self.folder / "best" / name)
+        return summary, {"evaluation/aes": score, **evaluation_figures(episodes, self.protocol.control_states)}
+
+    def _snapshot(self, name: str) -> None:
+        """Keeps the weights that a policy has after its rounds so far."""
+        step = self._done + 1
+        rounds = sum(name in round.trains and round.end <= step for round in self.rounds)
+        self._save_weights(name, self.folder / "policies" / name / f"r{rounds}")
+
+    def _save_weights(self, name: str, folder: Path) -> None:
+        engine = self.engines[name]
+
+        def write(path: Path) -> None:
+            engine.model.save_pretrained(path)
+            engine.tokenizer.save_pretrained(path)
+
+        write_whole(folder, write)
+
+    def _save(self) -> None:
+        """What has to be known to go on. Randomness and the position in the data follow from the number of the step."""
+        state = {
+            "run": self._run(),
+            "step": self._done,
+            "learners": {name: learner.state() for name, learner in self._learners.items()},
+            "base": self._base,
+            "best": self._best,
+            "shares": [dict(shares) for shares in self._shares],
+        }
+        write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+
+    def _resume(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, weights_only=True)
+        run = self._run()
+        if different := sorted(key for key in run | state["run"] if run.get(key) != state["run"].get(key)):
+            raise InputError(f"{path} is the checkpoint of another run: it differs in {', '.join(different)}")
+        for name, learner in self._learners.items():
+            learner.load(state["learners"][name])
+        self._done, self._base, self._best = state["step"], state["base"], state["best"]
+        self._shares.extend(state["shares"])
+
+    def _run(self) -> Run:
+        settings = self.settings.model_dump_json(exclude={"checkpoint_every", "keep_episodes"})
+        run = {
+            "protocol": self.protocol.fingerprint,
+            "environment": self.environment.fingerprint,
+            "evaluation": self.evaluation.fingerprint,
+            "settings": settings,
+        }
+        for name, policy in self.policies.items():
+            run[name] = f"{policy.model} in {', '.join(policy.seats)}: {policy.learner.model_dump_json()}"
+        return run
+
+    def _learner(self, name: str, policy: Policy) -> Learner:
+        model = self.engines[name].model
+        return Learner(
+            model,
+            policy.learner,
+            updates=self.settings.steps * sum(name in round.trains for round in self.rounds),
+            temperature=self.settings.temperature,
+            reference=copy.deepcopy(model) if policy.learner.loss.kl_coefficient else None,
+        )
+
+    def _seed(self, what: str, step: int) -> int:
+        return turn_seed(self.settings.seed, what, step, 0)
+
+    def _check(self) -> None:
+        settings, seats = self.settings, self.protocol.seats
+        if settings.samples < 2:
+            raise InputError(
+                f"a group needs at least 2 samples to be its own baseline; got samples={settings.samples}: 8 is usual"
+            )
+        if settings.problems > len(self.environment.problems):
+            raise InputError(
+                f"a step plays {settings.problems} problems, but {self.environment.name} has "
+                f"{len(self.environment.problems)}: ask for fewer a step"
+            )
+        filled = [seat for policy in self.policies.values() for seat in policy.seats] + [*self._partners]
+        for name, policy in self.policies.items():
+            if not policy.seats or (strange := [seat for seat in policy.seats if seat not in seats]):
+                got = strange if policy.seats else "none"
+                raise InputError(f"policy {name!r} must fill seats of this protocol, of {list(seats)}; got {got}")
+        if wrong := [seat for seat in seats if filled.count(seat) != 1]:
+            raise InputError(
+                f"each seat must be filled once, by a policy or a partner; seat(s) {wrong} are filled "
+                f"{[filled.count(seat) for seat in wrong]} times"
+            )
+
+
+def problems_of_step(problems: Sequence[Problem], number: int, step: int, seed: int) -> list[Problem]:
+    """The `number` problems that training step `step` (from 1) plays: each once an epoch, in an order of the epoch's.
+
+    What does not fill the last step of an epoch is left out of it.
+    """
+    epoch, place = divmod(step - 1, len(problems) // number)
+    order = random.Random(f"epoch {epoch} {seed}").sample(range(len(problems)), len(problems))
+    return [problems[index] for index in order[place * number : (place + 1) * number]]
