@@ -3,15 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 # The tiny models run best on one thread; several, on a machine with other work, only wait for each other.
-demo test bench: export OMP_NUM_THREADS ?= 1
+demo test bench studies: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check bench tiny-models clean
+.PHONY: help demo test check bench studies tiny-models clean
 
 help:
 	@echo "make demo         two tiny language models solve problems in turns"
 	@echo "make test         all tests, with coverage"
 	@echo "make check        formatting, lint, types, layers"
-	@echo "make bench        what a turn costs, and how fast the engine is, beside other libraries"
+	@echo "make bench        what a turn, a sampled token and a trained token cost, beside other libraries"
+	@echo "make studies      both papers on a laptop: every training run behind docs/results (about two hours)"
 	@echo "make tiny-models  train the shipped models anew, into runs/tiny (about half an hour)"
 
 demo: $(VENV)/local
@@ -29,6 +30,11 @@ check: $(VENV)/dev
 bench: $(VENV)/bench
 	$(RUN)/python benchmarks/turns.py
 	$(RUN)/python benchmarks/engine.py
+	$(RUN)/python benchmarks/train_step.py
+
+studies: $(VENV)/train
+	$(RUN)/python benchmarks/thinkless_study.py
+	$(RUN)/python benchmarks/longshort_study.py
 
 tiny-models: $(VENV)/local
 	$(RUN)/python -m turnwise.rl.tiny_models runs/tiny

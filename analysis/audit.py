@@ -45,9 +45,10 @@ CHUNK, SHOWN = 128, 20  # episodes in memory and in a batch; faults printed
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What was checked, and the faults, a line each. Failed episodes train nobody: they are counted, and that is all.
+    """What was checked, and its faults, one line each: the episode, the turn (from 0), the rule.
 
-    Turns without ids cannot be trained on; the decoded ones are those that were sampled with the given tokenizer.
+    Failed episodes train nobody: they are counted, and that is all. Turns without ids cannot be trained on. Decoded
+    turns are those that were sampled with the given tokenizer.
     """
 
     episodes: int = 0
@@ -65,7 +66,7 @@ class Audit:
 
 
 def audit(episodes: Iterable[Episode], tokenizer: PreTrainedTokenizerBase | None = None) -> Audit:
-    """Checks the episodes of one store, some hundred at a time."""
+    """Checks the episodes of one store, of which it holds `CHUNK` at a time."""
     total, known, stream = Audit(), set[str](), iter(episodes)
     vocabulary = None if tokenizer is None else fingerprint(tokenizer)
     while chunk := list(islice(stream, CHUNK)):
@@ -141,7 +142,7 @@ def _drift_faults(episode: Episode, place: int, tokenizer: PreTrainedTokenizerBa
             if said in step.text:
                 rest = rest.replace(f"{step.seat}: {step.text}", "\0")
                 rest = rest.replace(step.reply.text, "\0") if exactly else rest
-        if said.strip() and not shown[number] and said in rest:
+        if said.strip() and said in rest:
             yield f"drift: the prompt shows turn {number} in other token ids than those sampled"
 
 
@@ -211,7 +212,8 @@ def main(folder: Path, tokenizer: Path | None = None) -> None:
     total, stores = Audit(), sorted(folder.rglob("episodes.jsonl"))
     for store in stores:
         found = audit(read_episodes(store), reader)
-        total += replace(found, faults=tuple(f"{store.parent.relative_to(folder)}: {fault}" for fault in found.faults))
+        where = "" if store.parent == folder else f"{store.parent.relative_to(folder)}: "
+        total += replace(found, faults=tuple(where + fault for fault in found.faults))
     if not total.episodes:
         raise InputError(f"{folder} holds no episodes; name the folder of an episode store or of a training run")
     if reader is not None and not total.decoded_turns:

@@ -37,7 +37,7 @@ def cut_short(groups: Sequence[Sequence[Episode]], tokens: float) -> Control:
     lengths = sorted(episode.transcript.token_count for episode in episodes)
     spent, cap = 0.0, 0
     for index, length in enumerate(lengths):  # up to `length`, all episodes from here on are cut
-        room = (tokens * len(lengths) - spent) / (len(lengths) - index)
+        room = (tokens * len(lengths) - spent) / (len(lengths) - index) + 1e-9  # what rounding may have taken
         cap = int(min(length, room))
         if cap < length:
             break

@@ -16,13 +16,18 @@ def heat_map(pool: Sequence[Sequence[Summary | Control]], names: tuple[str, str]
         figure.suptitle(title)
     accuracy = [[summary.accuracy for summary in row] for row in pool]
     tokens = [[summary.tokens for summary in row] for row in pool]
-    panels = ((accuracy, "{:.1%}", "right"), (tokens, "{:.0f}", "sampled tokens an episode"))
-    for axes, (values, form, heading) in zip(figure.subplots(1, 2), panels, strict=True):
-        image = axes.imshow(values, cmap="viridis", aspect="auto")
+    # A tenth of accuracy at the least spans the colours, so that noise does not look like a finding.
+    lowest, longest = min(0.9, *map(min, accuracy)), max(map(max, tokens))
+    panels = (
+        (accuracy, lowest, 1.0, "{:.1%}", "right"),
+        (tokens, 0.0, longest, "{:.0f}", "sampled tokens an episode"),
+    )
+    for axes, (values, low, high, form, heading) in zip(figure.subplots(1, 2), panels, strict=True):
+        axes.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto")
         axes.set(title=heading, xlabel=f"{names[1]} after round", ylabel=f"{names[0]} after round")
         axes.set_xticks(range(len(values[0])), [f"r{round}" for round in range(len(values[0]))])
         axes.set_yticks(range(len(values)), [f"r{round}" for round in range(len(values))])
-        middle = (image.norm.vmin + image.norm.vmax) / 2
+        middle = (low + high) / 2
         for row, cells in enumerate(values):
             for column, value in enumerate(cells):
                 colour = "black" if value > middle else "white"

@@ -24,10 +24,11 @@ VARIANTS: dict[str, Sequence[str]] = {
     "GRPO": ("--learner.loss.aggregation", "sample-mean"),
     "DeGRPO, α = 0.5": ("--learner.loss.alpha", "0.5"),
     "DeGRPO, α = 0.001": ("--learner.loss.alpha", "0.001"),
-    "DeGRPO, α = 0.1, no division by the deviation": ("--training.estimator", "mean-centred"),
+    "DeGRPO, γ = 0.5": ("--gamma", "0.5"),
+    "DeGRPO, not divided by the deviation": ("--training.estimator", "mean-centred"),
 }
 SETS = {"easy": (1, 2), "mixed": (1, 2, 3, 4, 5, 6), "hard": (5, 6)}
-RATES, GAMMAS = ("2e-4", "1e-3"), ("0.2", "0.8")
+RATES, GAMMAS = ("2e-4", "1e-3"), ("0.2", "0.5")
 SHORT, THINK = "<short>", "<think>"
 
 
@@ -53,8 +54,8 @@ def main(
 
 
 def seeds(variant: str) -> tuple[int, ...]:
-    """Three for the first three variants, one for the others."""
-    return SEEDS if variant in list(VARIANTS)[:3] else SEEDS[:1]
+    """Three for DeGRPO and GRPO, one for the others."""
+    return SEEDS if variant in list(VARIANTS)[:2] else SEEDS[:1]
 
 
 def name(variant: str, seed: int) -> str:

@@ -1,6 +1,6 @@
 """CPU time that one trained token costs in an optimiser step: turnwise against TRL and CoMLRL, on the same tokens.
 
-    pip install -c constraints.txt -e ".[bench-train]"
+    pip install -c constraints.txt -e '.[bench]'
     python benchmarks/train_step.py [--repetitions 15] [--micro-batch 8]
 
 A step learns from 64 completions, 8 to each of 8 arithmetic problems, which the long tiny model samples beforehand.
@@ -49,6 +49,7 @@ from turnwise.environments.arithmetic import arithmetic
 from turnwise.environments.math_grader import MathGrader
 from turnwise.protocols.solo import Solo
 from turnwise.rl.advantage import Sample, grpo
+from turnwise.rl.learner import Learner, LearnerSettings
 from turnwise.rl.rollout import play
 from turnwise.rl.trajectory import trajectories
 
@@ -87,7 +88,14 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 def turnwise_step(samples: Sequence[Sample], folders: Sequence[Path], micro_batch: int) -> Row:
-    raise NotImplementedError  # TODO: a Learner for each folder; the step is Learner.update(samples) of each
+    settings = LearnerSettings(learning_rate=LEARNING_RATE, micro_batch_size=micro_batch)
+    learners = [Learner(load(folder), settings, updates=1) for folder in folders]
+
+    def step() -> None:
+        for learner in learners:
+            learner.update(samples)
+
+    return Row([learner.model for learner in learners], step)
 
 
 class PreparedGRPOTrainer(GRPOTrainer):
@@ -199,7 +207,8 @@ def main() -> None:
     tokens = sum(sample.trajectory.sequence.trained for sample in samples)
     trl, comlrl = (f"{name} {importlib.metadata.version(name)}" for name in ("trl", "comlrl"))
     rows = {
-        # TODO: "turnwise, one policy" and "turnwise, two policies", first
+        "turnwise, one policy": turnwise_step(samples, [LONG], arguments.micro_batch),
+        "turnwise, two policies": turnwise_step(samples, [LONG, SHORT], arguments.micro_batch),
         f"{trl}, one policy": trl_step(samples, LONG, arguments.micro_batch),
         f"{comlrl}, two policies": comlrl_step(samples, [LONG, SHORT]),
     }

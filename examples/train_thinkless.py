@@ -8,7 +8,8 @@ Expect it to stop thinking about chains of a few steps, where a short answer is 
 those of five or six. Departs from the paper: the model has 0.7 M parameters; a short answer has room for four steps of
 a chain; sampled at temperature 1; advantages are divided by their deviation, or the hard problems, on which more is at
 stake, teach the model to think about everything before it can tell them from easy ones (`--training.estimator
-mean-centred` shows it); and α is 0.1 instead of 0.001, since training is a hundred steps and not six hundred.
+mean-centred` shows it); and α is 0.1 instead of 0.001, since training is a hundred steps and not six hundred. γ is
+0.2, to which the authors' own rerun came down: at 0.5 a short answer that is right in 9 of 10 cases would do.
 """
 
 from pathlib import Path
@@ -37,14 +38,16 @@ class Config(BaseModel):
 
     model: str = str(ROUTER)
     problem_set: str = "mixed"
-    gamma: float = 0.5
+    gamma: float = 0.2
     short_tokens: PositiveInt = 20
     think_tokens: PositiveInt = 400
     train_problems: PositiveInt = 6000
     test_problems: PositiveInt = 400
     output: Path = Path("runs/train_thinkless")
-    training: TrainingSettings = TrainingSettings(steps=100, problems=16, estimator="grpo")
-    learner: LearnerSettings = LearnerSettings(learning_rate=2e-4, loss=LossSettings(aggregation="degrpo", alpha=0.1))
+    training: TrainingSettings = TrainingSettings(steps=120, problems=16, estimator="grpo")
+    learner: LearnerSettings = LearnerSettings(
+        learning_rate=2e-4, schedule="linear", loss=LossSettings(aggregation="degrpo", alpha=0.1)
+    )
 
 
 def main(config: Config) -> None:

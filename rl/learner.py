@@ -158,9 +158,8 @@ class Learner:
                 f"the gradient must be finite; its norm is {norm} after {self.version} updates: lower the learning "
                 "rate, or look for a reward or a log-probability out of bounds, and resume from the last checkpoint"
             )
-        # Where no token has a gradient, momentum and weight decay would still move the weights.
-        if figures.get("trained_tokens"):
-            self._optimizer.step()
+        # Where no token was trained, gradients are None, not 0: neither momentum nor weight decay moves the weights.
+        self._optimizer.step()
         figures |= {"gradient_norm": norm, "learning_rate": self._scheduler.get_last_lr()[0]}
         self._optimizer.zero_grad()
         self._scheduler.step()

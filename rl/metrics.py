@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 
@@ -11,6 +12,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
 from turnwise.protocols.rewards import Reward
+from turnwise.rl.run_folder import write_whole
 from turnwise.rl.summary import by_level, summarise
 
 SHARE = "share of modes/"
@@ -25,7 +27,7 @@ class MetricsLog:
     def __init__(self, folder: Path, *, last: int) -> None:
         self._path = folder / "metrics.jsonl"
         kept = [line for line in _lines(self._path) if orjson.loads(line)["step"] <= last]
-        self._path.write_bytes(b"".join(line + b"\n" for line in kept))
+        write_whole(self._path, lambda path: path.write_bytes(b"".join(line + b"\n" for line in kept)))
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=last + 1)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
@@ -45,7 +47,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Lets TensorBoard's writer go."""
-        self._writer.close()
+        with suppress(OSError):  # of a full disk, of which `write` has told
+            self._writer.close()
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:

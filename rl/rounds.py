@@ -32,4 +32,6 @@ def parse_rounds(text: str, steps: int, policies: tuple[str, ...]) -> list[Round
                 f"rounds name who trains in each, of {list(policies)}, joined by + where several do; got {strange} "
                 f"in {text!r}"
             )
+        if len(set(names)) < len(names):
+            raise InputError(f"a round names each policy that trains in it once; got {'+'.join(names)!r} in {text!r}")
     return [Round(number, names, number * steps) for number, names in enumerate(rounds, start=1)]

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import orjson
@@ -28,7 +29,6 @@ def claim(folder: Path, run: Run) -> None:
     draft = _draft(described)  # a kill may have left one
     if folder.exists() and (not folder.is_dir() or any(path != draft for path in folder.iterdir())):
         raise InputError(f"{folder} exists and holds no run; choose a new or an empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
     write_whole(described, lambda path: path.write_bytes(orjson.dumps(mine, option=orjson.OPT_INDENT_2)))
 
 
@@ -55,8 +55,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             _remove(path)
         draft.replace(path)
     except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
-        _remove(draft)
-        reason = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
+        with suppress(OSError):
+            _remove(draft)
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise InputError(f"cannot write {path}: {reason}; make room and run the same command again") from error
 
 

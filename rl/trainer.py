@@ -10,10 +10,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from safetensors import SafetensorError
 
 from turnwise.agents.agent import Agent
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
@@ -164,7 +166,7 @@ class Trainer:
         """Plays, learns, evaluates."""
         if step == 0:
             for name in self.policies:
-                self._snapshot(name)
+                self._snapshot(name, step)
             summary, figures = self._evaluate()
             return Report(0, self.steps, None, figures, summary, None)
         now = next(round for round in self.rounds if step <= round.end)
@@ -188,7 +190,7 @@ class Trainer:
         self._shares.append(mode_shares(figures))
         if step == now.end:
             for name in now.trains:
-                self._snapshot(name)
+                self._snapshot(name, step)
         evaluation = None
         if step == now.end or step % self.settings.evaluate_every == 0:
             evaluation, evaluated = self._evaluate()
@@ -250,9 +252,8 @@ class Trainer:
                 self._save_weights(name, self.folder / "best" / name)
         return summary, {"evaluation/aes": score, **evaluation_figures(episodes, self.protocol.control_states)}
 
-    def _snapshot(self, name: str) -> None:
-        """Keeps the weights that a policy has after its rounds so far."""
-        step = self._done + 1
+    def _snapshot(self, name: str, step: int) -> None:
+        """Keeps the weights that a policy has after its rounds up to `step`."""
         rounds = sum(name in round.trains and round.end <= step for round in self.rounds)
         self._save_weights(name, self.folder / "policies" / name / f"r{rounds}")
 
@@ -260,7 +261,10 @@ class Trainer:
         engine = self.engines[name]
 
         def write(path: Path) -> None:
-            engine.model.save_pretrained(path)
+            try:
+                engine.model.save_pretrained(path)
+            except SafetensorError as error:  # what safetensors makes of a full disk
+                raise OSError(str(error)) from error
             engine.tokenizer.save_pretrained(path)
 
         write_whole(folder, write)
@@ -281,10 +285,17 @@ class Trainer:
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return
-        state = torch.load(path, weights_only=True)
+        try:
+            state = torch.load(path, weights_only=True)
+        except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"{path} cannot be read ({reason}): remove it, and the run begins anew") from error
         run = self._run()
         if different := sorted(key for key in run | state["run"] if run.get(key) != state["run"].get(key)):
-            raise InputError(f"{path} is the checkpoint of another run: it differs in {', '.join(different)}")
+            raise InputError(
+                f"{path} is the checkpoint of another run: it differs in {', '.join(different)}; remove it, and the "
+                "run begins anew"
+            )
         for name, learner in self._learners.items():
             learner.load(state["learners"][name])
         self._done, self._base, self._best = state["step"], state["base"], state["best"]
@@ -299,7 +310,7 @@ class Trainer:
             "settings": settings,
         }
         for name, policy in self.policies.items():
-            run[name] = f"{policy.model} in {', '.join(policy.seats)}: {policy.learner.model_dump_json()}"
+            run[f"policy {name}"] = f"{policy.model} in {', '.join(policy.seats)}: {policy.learner.model_dump_json()}"
         return run
 
     def _learner(self, name: str, policy: Policy) -> Learner:

@@ -3,7 +3,7 @@
 import asyncio
 import sys
 import tomllib
-from argparse import ArgumentParser
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -55,22 +55,43 @@ def run_configured(main: Callable[[C], None], config: type[C]) -> None:
 
 def read_config(config: type[C], arguments: list[str]) -> C:
     """The config that a command line asks for. Raises InputError for a file or a setting that it cannot use."""
-    from pydantic_settings import CliApp  # argparse's heavy sister: only where a config is read
+    # argparse's heavy sister: only where a config is read
+    from pydantic_settings import BaseSettings, CliApp, InitSettingsSource, SettingsConfigDict, SettingsError
 
-    files = ArgumentParser(add_help=False, allow_abbrev=False)
+    files = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     files.add_argument("--config", type=Path)
-    known, flags = files.parse_known_args(arguments)
+    try:
+        known, flags = files.parse_known_args(arguments)
+    except ArgumentError as error:
+        raise InputError(f"{error}; --help lists all flags") from None
     written: dict[str, object] = {}
     if known.config is not None:
         try:
             written = tomllib.loads(known.config.read_text())
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise InputError(f"--config must name a TOML file; {known.config} cannot be read: {error}") from None
+
+    class Settings(BaseSettings, config):  # type: ignore[misc, valid-type]
+        __doc__ = config.__doc__
+        model_config = SettingsConfigDict(
+            nested_model_default_partial_update=True, case_sensitive=True, cli_hide_none_type=True,
+            cli_avoid_json=True, cli_implicit_flags=True, cli_kebab_case=True, cli_exit_on_error=False,
+        )  # fmt: skip
+
+        @classmethod
+        def settings_customise_sources(  # type: ignore[override]
+            cls, settings_cls: type[BaseSettings], **_: object
+        ) -> tuple[InitSettingsSource, ...]:
+            return (InitSettingsSource(settings_cls, written),)  # and not the environment's variables
+
     try:
-        return CliApp.run(config, cli_args=flags, **written)  # type: ignore[arg-type]
+        read = CliApp.run(Settings, cli_args=flags)
     except ValidationError as errors:
         faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}; got {e['input']!r}" for e in errors.errors()]
         raise InputError("; ".join(faults)) from None
+    except SettingsError as error:
+        raise InputError(f"{error}; --help lists all flags") from None
+    return config(**{name: getattr(read, name) for name in config.model_fields})
 
 
 def _told(command: Callable[[], None]) -> None:

@@ -61,6 +61,13 @@ def mini_model() -> MiniModel:
         )  # fmt: skip
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return Qwen2ForCausalLM(config).double().eval()
+            model = Qwen2ForCausalLM(config)
+        # transformers' own norms compute in single precision, whatever the model's.
+        for layer in model.model.layers:
+            layer.input_layernorm, layer.post_attention_layernorm = (
+                torch.nn.RMSNorm(16, config.rms_norm_eps) for _ in "12"
+            )
+        model.model.norm = torch.nn.RMSNorm(16, config.rms_norm_eps)
+        return model.double().eval()
 
     return build

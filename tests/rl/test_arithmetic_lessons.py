@@ -1,12 +1,13 @@
 """What the tiny models are taught is right, and is what the protocols will show them."""
 
 import random
+import re
 from itertools import islice
 
 import pytest
 
 from turnwise.agents.chat import ChatTemplate
-from turnwise.environments.arithmetic import Chain, generate
+from turnwise.environments.arithmetic import Chain, generate, parse_chain
 from turnwise.rl.arithmetic_lessons import (
     ALONE_LONG,
     LESSONS,
@@ -25,6 +26,8 @@ from turnwise.rl.arithmetic_lessons import (
 from turnwise.rl.tiny_models import build_tokenizer
 
 CHAIN = Chain(7, (("×", 3), ("+", 8), ("-", 4)))
+# A step in long thoughts, in terse ones, or in a short turn. A check of a step is none.
+STEP = re.compile(r", so (?:the digit is )?\d\.\n|→")
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +63,41 @@ def test_thoughts_as_literals() -> None:
     )
 
 
+def test_few_words_as_literals() -> None:
+    assert terse_thoughts(CHAIN, 0, 3) == "7×3=21, so 1.\n\n1+8=9, so 9.\n\n9-4=5, so 5.\n\n"
+    assert terse_thoughts(CHAIN, 1, 2) == "1+8=9, so 9.\n\n"
+    assert marks(CHAIN, 0, 3) == " ×3→1 +8→9 -4→5"
+    assert marks(CHAIN, 2, 3) == " -4→5"
+    assert terse_thoughts(CHAIN, 1, 1) == marks(CHAIN, 1, 1) == ""
+
+
+def test_a_thought_is_terse_now_and_then_and_with_a_partner_alone() -> None:
+    rng, spoken = random.Random(0), list[str]()
+    for problem in islice(generate("train", levels=(4, 5, 6)), 300):
+        said = converse(TOGETHER, problem, say_together, rng)
+        spoken += [reply.text for turn, reply in said if turn.seat == "long"]
+        assert "Now " in converse(ALONE_LONG, problem, say_alone, rng)[0][1].text
+    assert 0.15 < sum("Now " not in text for text in spoken) / len(spoken) < 0.25
+
+
+def test_a_short_answer_shows_the_first_steps_or_none() -> None:
+    rng, shown = random.Random(0), set[int]()
+    for problem in islice(generate("train", levels=(4,)), 200):
+        turn, reply = converse(ROUTED, problem, say_alone, rng)[-1]
+        if turn.state == "short":
+            chain, steps = parse_chain(problem), reply.text.count("→")
+            assert reply.text == f"{marks(chain, 0, steps)} \\boxed{{{problem.answer}}}"
+            shown.add(steps)
+    assert shown == {0, 1, 2}
+
+
 def test_every_conversation_ends_in_the_right_answer_and_takes_every_step_once() -> None:
     rng = random.Random(0)
     for problem in islice(generate("train"), 300):
         said = converse(TOGETHER, problem, say_together, rng)
         text = "".join(turn.prefill + reply.text for turn, reply in said)
         assert text.endswith(f"\\boxed{{{problem.answer}}}</answer>")
-        taken = text.count("Now ") + text.count(", so ") - text.count(", so the digit") - text.count("again") + text.count("→")
+        taken = len(STEP.findall(text))
         assert taken == problem.level
         assert all(reply.stop in turn.stops for turn, reply in said)
         assert "".join(reply.text for _, reply in converse(ALONE_LONG, problem, say_alone, rng)).endswith(

@@ -300,7 +300,7 @@ def test_an_empty_folder_will_do(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_killed_before_it_had_begun(tmp_path: Path) -> None:
-    (tmp_path / "run.draft").write_text("{")
+    (tmp_path / "run.json.draft").write_text("{")
     assert filled(tmp_path, 1).exists()
 
 

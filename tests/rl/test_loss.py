@@ -51,23 +51,25 @@ def flags(letters: str) -> torch.Tensor:
 # The fixture of Thinkless: a control token and 3, 9, 2 and 6 words, for rewards of 1, 0.5, −1 and −1.
 WORDS = (3, 9, 2, 6)
 CENTRED = (1.125, 0.625, -0.875, -0.875)
+# α Â / G
+APART = (2.8125e-4, 1.5625e-4, -2.1875e-4, -2.1875e-4)
 
 
 @pytest.mark.parametrize(
     ("aggregation", "objective", "on_control", "on_words"),
     [
-        # eq. 1
-        ("sample-mean", 0, (0.0703125, 0.015625, -0.07291666667, -0.03125), (0.0703125, 0.015625, -0.07291666667, -0.03125)),
+        # eq. 1, where a control token weighs what any token does
+        ("sample-mean", 0, (0.0703125, 0.015625, -0.07291666667, -0.03125), ()),
         # eq. 4
-        ("degrpo", 0, (2.8125e-4, 1.5625e-4, -2.1875e-4, -2.1875e-4), (0.09375, 0.01736111111, -0.109375, -0.03645833333)),
+        ("degrpo", 0, APART, (0.09375, 0.01736111111, -0.109375, -0.03645833333)),
         # What the authors' code computes
-        ("degrpo-token-mean", 0.1, (2.8125e-4, 1.5625e-4, -2.1875e-4, -2.1875e-4), (0.05625, 0.03125, -0.04375, -0.04375)),
+        ("degrpo-token-mean", 0.1, APART, (0.05625, 0.03125, -0.04375, -0.04375)),
         # What it calls vanilla
-        ("token-mean", 0.0833333333, (0.046875, 0.02604166667, -0.03645833333, -0.03645833333), (0.046875, 0.02604166667, -0.03645833333, -0.03645833333)),
-        # Dr. GRPO, with 10 tokens at most
-        ("constant", 0.05, (0.028125, 0.015625, -0.021875, -0.021875), (0.028125, 0.015625, -0.021875, -0.021875)),
+        ("token-mean", 0.0833333333, (0.046875, 0.02604166667, -0.03645833333, -0.03645833333), ()),
+        # Dr. GRPO, of at most 10 tokens
+        ("constant", 0.05, (0.028125, 0.015625, -0.021875, -0.021875), ()),
     ],
-)  # fmt: skip
+)
 def test_objective_and_gradient_of_the_papers_fixture(
     aggregation: Aggregation, objective: float, on_control: tuple[float, ...], on_words: tuple[float, ...]
 ) -> None:
@@ -85,7 +87,7 @@ def test_objective_and_gradient_of_the_papers_fixture(
     first = [0, *accumulate(words + 1 for words in WORDS)]
     gradient = [-part for part in log_probs.grad.tolist()]
     assert [gradient[start] for start in first[:-1]] == pytest.approx(on_control, rel=1e-9)
-    for start, words, expected in zip(first, WORDS, on_words, strict=False):
+    for start, words, expected in zip(first, WORDS, on_words or on_control, strict=False):
         assert gradient[start + 1 : start + 1 + words] == pytest.approx([expected] * words, rel=1e-8)
 
 
@@ -105,34 +107,34 @@ def test_constant_divides_by_the_longest_and_the_number_of_episodes() -> None:
 @pytest.mark.parametrize(
     ("episodes", "control", "decisions", "words", "words_by_token"),
     [
-        # Two control tokens in one episode, of which one stands in its middle.
-        ((0, 0, 0, 0, 1, 1), "x..xx.", (1 / 4, 0, 0, 1 / 4, 1 / 2, 0), (0, 1 / 4, 1 / 4, 0, 0, 1 / 2), (0, 1 / 3, 1 / 3, 0, 0, 1 / 3)),
-        # An episode that decided nothing, one that said nothing else; both count among the episodes.
-        ((0, 0, 1), "..x", (0, 0, 1 / 2), (1 / 4, 1 / 4, 0), (1 / 2, 1 / 2, 0)),
-        ((0, 1), "xx", (1 / 2, 1 / 2), (0, 0), (0, 0)),
-        ((0, 0), "..", (0, 0), (1 / 2, 1 / 2), (1 / 2, 1 / 2)),
+        # Three control tokens, of which one stands in the middle of its episode. All are in twelfths.
+        ((0, 0, 0, 0, 1, 1), "x..xx.", (3, 0, 0, 3, 6, 0), (0, 3, 3, 0, 0, 6), (0, 4, 4, 0, 0, 4)),
+        # An episode that decided nothing, and one that said nothing else; both count among the episodes.
+        ((0, 0, 1), "..x", (0, 0, 6), (3, 3, 0), (6, 6, 0)),
+        ((0, 1), "xx", (6, 6), (0, 0), (0, 0)),
+        ((0, 0), "..", (0, 0), (6, 6), (6, 6)),
     ],
-)  # fmt: skip
+)
 def test_degrpo_takes_the_control_tokens_out_of_the_mean(
     episodes: tuple[int, ...],
     control: str,
-    decisions: tuple[float, ...],
-    words: tuple[float, ...],
-    words_by_token: tuple[float, ...],
+    decisions: tuple[int, ...],
+    words: tuple[int, ...],
+    words_by_token: tuple[int, ...],
 ) -> None:
     chosen, said = degrpo_weights(numbers(*episodes), flags(control))
-    assert (chosen.tolist(), said.tolist()) == (pytest.approx(decisions), pytest.approx(words))
+    assert (chosen * 12).tolist() == pytest.approx(decisions)
+    assert (said * 12).tolist() == pytest.approx(words)
     chosen, said = degrpo_weights(numbers(*episodes), flags(control), token_mean=True)
-    assert (chosen.tolist(), said.tolist()) == (pytest.approx(decisions), pytest.approx(words_by_token))
+    assert (chosen * 12).tolist() == pytest.approx(decisions)
+    assert (said * 12).tolist() == pytest.approx(words_by_token)
 
 
-@pytest.mark.parametrize(("share", "alpha"), [(0.2, 0.5), (0.5, 2.0), (0.75, 6.0)])
+@pytest.mark.parametrize(("share", "alpha"), [(0.2, 1.0), (0.5, 4.0), (0.75, 12.0)])
 def test_alpha_that_balances_by_hand(share: float, alpha: float) -> None:
+    """Σ |w A| is 0.75 on control tokens and 3 on words, whatever the signs."""
     decisions, words = floats(0.5, 0, 0, 0.5, 0), floats(0, 0.25, 0.25, 0, 0.5)
-    advantages = floats(1, 4, -2, 0.5, -3)
-    # Σ |w A| is 0.75 on control tokens, and 3 on words; neither sign matters.
-    assert balanced_alpha(decisions, words, advantages * 0.5, share) == pytest.approx(alpha * 2)
-    assert balanced_alpha(decisions, words, floats(2, 4, -2, 1, 0), share) == pytest.approx(alpha / 2)
+    assert balanced_alpha(decisions, words, floats(1, 4, -2, -0.5, -3), share) == pytest.approx(alpha)
 
 
 @pytest.mark.parametrize("advantages", [(0.0, 3.0), (3.0, 0.0), (0.0, 0.0)])
@@ -358,7 +360,7 @@ def loss_of(settings: LossSettings, logits: torch.Tensor, chosen: torch.Tensor |
 CHECKED = [
     *({"aggregation": aggregation, "longest": 7, "alpha": 0.3} for aggregation in AGGREGATIONS),
     {"aggregation": "degrpo", "balance": 0.4},
-    *({"aggregation": aggregation, "longest": 7, "ratio": "sequence"} for aggregation in ("sample-mean", "token-mean", "constant")),
+    *({"aggregation": aggregation, "longest": 7, "ratio": "sequence"} for aggregation in AGGREGATIONS[:3]),
     {"ratio": "sequence", "clip_high": 0.6},
     {"clip_low": 0.35, "clip_high": 0.45},
     {"dual_clip": 3.0},
@@ -396,7 +398,7 @@ def test_the_losses_of_micro_batches_add_up(chosen: dict[str, object]) -> None:
 
 
 def test_gradient_of_the_sequence_ratio_is_gspos() -> None:
-    """1/N Σ_i A_i ∇s_i with s_i = exp(1/T_i Σ_t log ρ_t), of three sequences that are episodes, none of them clipped."""
+    """1/N Σ_i A_i ∇s_i, where s_i = exp(1/T_i Σ_t log ρ_t); three episodes of one sequence each, none clipped."""
     sequences, advantages = numbers(0, 0, 1, 1, 1, 2), floats(1.5, 1.5, -0.5, -0.5, -0.5, 2.0)
     old = floats(-1, -2, -3, -1, -2, -1)
     log_probs = (old + floats(0.3, -0.1, 0.5, -0.6, 0.2, 0.1)).requires_grad_()
@@ -442,9 +444,9 @@ def test_dr_grpo_pays_a_token_alike_in_episodes_of_any_length() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"alpha": 0}, {"balance": 0}, {"balance": 1}, {"longest": 0}, {"clip_low": 0}, {"clip_low": 1.1}, {"clip_high": 0},
-        {"dual_clip": 1}, {"importance_cap": 0}, {"kl_coefficient": -0.1}, {"entropy_coefficient": -0.1},
-        {"kl": "k4"}, {"aggregation": "mean"}, {"ratio": "episode"}, {"beta": 0.1},
+        {"alpha": 0}, {"balance": 0}, {"balance": 1}, {"longest": 0}, {"clip_low": 0}, {"clip_low": 1.1},
+        {"clip_high": 0}, {"dual_clip": 1}, {"importance_cap": 0}, {"kl_coefficient": -0.1},
+        {"entropy_coefficient": -0.1}, {"kl": "k4"}, {"aggregation": "mean"}, {"ratio": "episode"}, {"beta": 0.1},
     ],
     ids=str,
 )  # fmt: skip

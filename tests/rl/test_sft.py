@@ -102,7 +102,7 @@ def test_a_stopped_run_goes_on_and_ends_bit_identical(tmp_path: Path) -> None:
     train(resumed, stream(), SETTINGS, checkpoint=checkpoint, on_step=lambda step, loss: steps.append(step))
     assert steps == [6, 7, 8, 9, 10, 11, 12]
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-    assert not checkpoint.with_suffix(".draft").exists()
+    assert not checkpoint.with_name(checkpoint.name + ".draft").exists()
     train(resumed, stream(), SETTINGS, checkpoint=checkpoint, on_step=lambda step, loss: steps.append(step))
     assert steps[-1] == 12
     assert len(steps) == 7

@@ -1,0 +1,101 @@
+from statistics import fmean
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turnwise.analysis.control import Control, by_problem, cut_short, majority, mixed
+from turnwise.environments.environment import Grade, Outcome
+from turnwise.environments.episode import Episode
+from turnwise.environments.problem import Problem
+from turnwise.environments.transcript import Reply, Step, Transcript
+
+RIGHT, WRONG = "2", "3"
+
+
+def episode(tokens: int, answer: str | None = RIGHT, *, problem: str = "p", sample: int = 0) -> Episode:
+    """It answers; the right answer is 2, and 2.0 is right as well."""
+    transcript = Transcript(Problem(problem, "1 + 1?", "2"), (Step("solver", "solve", Reply("", tokens)),))
+    outcome = Outcome.UNPARSABLE if answer is None else Outcome.RIGHT if answer in ("2", "2.0") else Outcome.WRONG
+    return Episode(transcript, sample, 0, Grade(outcome, answer))
+
+
+def test_the_graded_episodes_of_each_problem_by_sample() -> None:
+    failed = Episode(Transcript(Problem("p", "1 + 1?", "2")), 0, 0, error="KeyError: 'x'")
+    last, first, other = episode(1, sample=2), episode(2, sample=1), episode(3, problem="q")
+    assert by_problem([last, other, failed, first]) == [[other], [first, last]]
+    assert by_problem([failed]) == []
+
+
+class TestCutShort:
+    @pytest.mark.parametrize(
+        ("tokens", "accuracy", "spent"),
+        [
+            # Of 2, 10 and 10 tokens, of which one of the long ones is wrong: (2 + 8 + 8) / 3 = 6.
+            (6, 1 / 3, 6.0),
+            # A cap of 9.5 tokens is one of 9: (2 + 9 + 9) / 3.
+            (7, 1 / 3, 20 / 3),
+            (22 / 3, 2 / 3, 22 / 3),
+            (100, 2 / 3, 22 / 3),
+            (2, 1 / 3, 2.0),
+            (1, 0.0, 1.0),
+            (0, 0.0, 0.0),
+        ],
+    )
+    def test_by_hand(self, tokens: float, accuracy: float, spent: float) -> None:
+        groups = [[episode(10), episode(2)], [episode(10, WRONG)]]
+        assert cut_short(groups, tokens) == Control(pytest.approx(accuracy), pytest.approx(spent))
+
+    def test_what_is_cut_has_no_answer_and_what_ends_at_the_cap_has_one(self) -> None:
+        assert cut_short([[episode(4), episode(8), episode(8)]], 4) == Control(1 / 3, 4.0)
+        assert cut_short([[episode(5), episode(6), episode(7), episode(8)]], 5) == Control(1 / 4, 5.0)
+
+    lengths = st.lists(st.integers(0, 300), min_size=1, max_size=60)
+
+    @given(lengths, st.floats(0, 400))
+    def test_it_spends_no_more_than_it_may_and_one_token_more_would(self, lengths: list[int], tokens: float) -> None:
+        control = cut_short([[episode(length) for length in lengths]], tokens)
+        assert control.tokens <= tokens + 1e-6
+        # The cap is the only number that is consistent with what was spent, unless nothing was cut.
+        caps = [cap for cap in range(302) if fmean(min(cap, length) for length in lengths) <= tokens + 1e-6]
+        cap = max(caps)
+        assert control.tokens == pytest.approx(fmean(min(cap, length) for length in lengths))
+        assert control.accuracy == pytest.approx(fmean(length <= cap for length in lengths))
+
+    @given(lengths)
+    def test_with_the_tokens_that_it_takes_nothing_is_cut(self, lengths: list[int]) -> None:
+        control = cut_short([[episode(length) for length in lengths]], fmean(lengths))
+        assert control == Control(1.0, pytest.approx(fmean(lengths)))
+
+
+class TestMajority:
+    def test_by_hand(self) -> None:
+        groups = [
+            [episode(1, WRONG), episode(2), episode(4), episode(100, "9")],
+            [episode(10), episode(20, WRONG), episode(40, WRONG), episode(100)],
+        ]
+        assert majority(groups, 1) == Control(0.5, 5.5)
+        # At a tie the earliest wins: a wrong one in the first group, the right one in the second.
+        assert majority(groups, 2) == Control(0.5, (3 + 30) / 2)
+        # Two against one.
+        assert majority(groups, 3) == Control(0.5, (7 + 70) / 2)
+        assert majority([groups[0]], 3) == Control(1.0, 7.0)
+        assert majority([groups[1]], 3) == Control(0.0, 70.0)
+        assert majority([groups[1]], 4) == Control(1.0, 170.0)
+
+    def test_samples_without_an_answer_cost_tokens_and_do_not_vote(self) -> None:
+        silent = [episode(5, None), episode(5, None), episode(3), episode(1, WRONG)]
+        assert majority([silent], 2) == Control(0.0, 10.0)
+        assert majority([silent], 3) == Control(1.0, 13.0)
+        assert majority([silent], 4) == Control(1.0, 14.0)
+
+    def test_more_votes_than_samples_are_all_samples(self) -> None:
+        assert majority([[episode(5), episode(7)]], 100) == Control(1.0, 12.0)
+
+    def test_answers_are_counted_as_they_are_written(self) -> None:
+        assert majority([[episode(1), episode(1, WRONG), episode(1, WRONG), episode(1, "2.0")]], 4).accuracy == 0.0
+
+
+def test_a_choice_by_lot() -> None:
+    assert mixed(Control(1.0, 100.0), Control(0.5, 20.0), 0.25) == Control(0.625, 40.0)
+    assert mixed(Control(1.0, 100.0), Control(0.5, 20.0), 1.0) == Control(1.0, 100.0)
