@@ -5,7 +5,7 @@ on one problem.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -66,3 +66,22 @@ def mixed(first: Control, second: Control, share: float) -> Control:
     return Control(
         share * first.accuracy + (1 - share) * second.accuracy, share * first.tokens + (1 - share) * second.tokens
     )
+
+
+def for_same_tokens(
+    runs: Mapping[str, Sequence[Episode]], trained: str, *, thorough: str, brief: str
+) -> dict[str, Control]:
+    """What is to be held against the run `trained`, for its mean tokens, by what two lone agents have played.
+
+    The thorough one cut short; one of the two by lot for each problem; the brief one voting with as many samples.
+    """
+    tokens = fmean(episode.transcript.token_count for episode in runs[trained] if episode.grade is not None)
+    slow, quick = by_problem(runs[thorough]), by_problem(runs[brief])
+    long, short = majority(slow, 1), majority(quick, 1)
+    votes = max(1, round(tokens / short.tokens))
+    share = min(1.0, max(0.0, (tokens - short.tokens) / (long.tokens - short.tokens)))
+    return {
+        f"{thorough}, cut short": cut_short(slow, tokens),
+        f"{thorough} or {brief}, by lot": mixed(long, short, share),
+        f"{brief}, majority of {votes}": majority(quick, votes),
+    }

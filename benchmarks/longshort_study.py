@@ -140,7 +140,7 @@ def draw(runs: Path, found: dict[str, list[dict[str, float]]]) -> Figure:
         for seed in seeds(variant):
             steps, tokens = series(runs / name(variant, seed), "tokens")
             over.plot(steps, smoothed(tokens), color=f"C{index}", lw=1.2, label=variant if seed == 0 else None)
-    over.set(xlabel="training step", ylabel="sampled tokens an episode", title="in training, each seed")
+    over.set(xlabel="training step (mean of 5)", ylabel="sampled tokens an episode", title="in training, each seed")
     over.set_ylim(bottom=0)
     for index, (variant, outcomes) in enumerate(found.items()):
         points = [(one["tokens"], one["right"]) for one in outcomes]

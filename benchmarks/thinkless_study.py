@@ -117,7 +117,8 @@ def collapsed(runs: Path, problems: str, rate: str, gamma: str) -> dict[str, obj
     return {
         "problems": problems, "think to short length": ratio, "learning rate": float(rate), "gamma": float(gamma),
         "think share": fmean(shares[-5:]), "right": found["trained"]["accuracy"],
-        "right, always think": found["always think"]["accuracy"], "right, never think": found["never think"]["accuracy"],
+        "right, always think": found["always think"]["accuracy"],
+        "right, never think": found["never think"]["accuracy"],
     }  # fmt: skip
 
 
@@ -140,7 +141,8 @@ def table(found: dict[str, list]) -> Table:
         by_level = [fmean(run["by level"][level]["think_share"] for run in trained) for level in levels]
         shown.add_row(
             variant, str(len(runs)), spread([run["think_share"] for run in trained], "{:.0%}"),
-            spread([run["accuracy"] for run in trained], "{:.1%}"), spread([run["tokens"] for run in trained], "{:.0f}"),
+            spread([run["accuracy"] for run in trained], "{:.1%}"),
+            spread([run["tokens"] for run in trained], "{:.0f}"),
             " ".join(f"{share:.0%}" for share in by_level),
         )  # fmt: skip
     for control, value in always_for_same(found).items():
@@ -155,11 +157,11 @@ def table(found: dict[str, list]) -> Table:
 
 
 def always_for_same(found: dict[str, list]) -> dict[str, list[dict[str, float]]]:
-    """The lone controls at the tokens of the first variant's runs, by their names without numbers."""
+    """The lone controls at the tokens of the first variant's runs, by their names without the number of votes."""
     controls: dict[str, list[dict[str, float]]] = {}
     for run in next(iter(found.values())):
         for control, value in run["for the same tokens"].items():
-            controls.setdefault(control.rstrip("0123456789"), []).append(value)
+            controls.setdefault(control.partition(" of ")[0], []).append(value)
     return controls
 
 
@@ -200,7 +202,12 @@ def draw(runs: Path, found: dict[str, list]) -> Figure:
             fmean(run["trained"]["by level"][str(level)]["think_share"] for run in found[variant]) for level in levels
         ]
         by_level.plot(levels, ends, "o-", color=f"C{index}", label=variant)
-    over.set(xlabel="training step", ylabel="share that thinks", ylim=(-0.03, 1.03), title="over training, each seed")
+    over.set(
+        xlabel="training step (mean of 5)",
+        ylabel="share that thinks",
+        ylim=(-0.03, 1.03),
+        title="over training, each seed",
+    )
     by_level.set(xlabel="level: steps of arithmetic", title="trained, held-out problems, mean over seeds")
     over.yaxis.set_major_formatter("{x:.0%}")
     for axes in (over, by_level):

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from turnwise.agents.tiny import LONG, SHORT
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
-from turnwise.analysis.control import by_problem, cut_short, majority
+from turnwise.analysis.control import for_same_tokens
 from turnwise.cli import play_shown, run_configured, show_pool, show_results, train_shown
 from turnwise.environments.arithmetic import arithmetic
 from turnwise.environments.math_grader import MathGrader
@@ -83,12 +83,7 @@ def main(config: Config) -> None:
             for title, (played_by, team, samples) in played.items()
         }
         pool = opponent_pool(trainer, "long", "short")
-    tokens, alone = summarise(runs["trained"]).tokens, by_problem(runs["short alone"])
-    votes = max(1, round(tokens / majority(alone, 1).tokens))
-    controls = {
-        "long alone, cut short": cut_short(by_problem(runs["long alone"]), tokens),
-        f"short alone, majority of {votes}": majority(alone, votes),
-    }
+    controls = for_same_tokens(runs, "trained", thorough="long alone", brief="short alone")
     show_results(runs, test, console, baseline="long alone", controls=controls, results=config.output / "results.json")
     rounds = path(trainer.rounds, "long", "short")
     show_pool(pool, rounds, ("long", "short"), summarise(runs["long alone"]), console, folder=config.output)

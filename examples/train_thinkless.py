@@ -19,7 +19,7 @@ from rich.console import Console
 
 from turnwise.agents.tiny import ROUTER
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
-from turnwise.analysis.control import by_problem, cut_short, majority
+from turnwise.analysis.control import for_same_tokens
 from turnwise.cli import play_shown, run_configured, show_results, train_shown
 from turnwise.environments.arithmetic import arithmetic
 from turnwise.environments.math_grader import MathGrader
@@ -27,7 +27,6 @@ from turnwise.protocols.rewards import RewardSum, ThinklessTable
 from turnwise.protocols.thinkless import Thinkless
 from turnwise.rl.learner import LearnerSettings
 from turnwise.rl.loss import LossSettings
-from turnwise.rl.summary import summarise
 from turnwise.rl.trainer import Policy, Trainer, TrainingSettings
 
 
@@ -77,12 +76,7 @@ def main(config: Config) -> None:
             title: play_shown(title, played_by, {"solver": agent}, test, console, samples=samples)
             for title, (played_by, agent, samples) in played.items()
         }
-    tokens, alone = summarise(runs["trained"]).tokens, by_problem(runs["never think"])
-    votes = max(1, round(tokens / majority(alone, 1).tokens))
-    controls = {
-        "always think, cut short": cut_short(by_problem(runs["always think"]), tokens),
-        f"never think, majority of {votes}": majority(alone, votes),
-    }
+    controls = for_same_tokens(runs, "trained", thorough="always think", brief="never think")
     show_results(
         runs, test, console, baseline="always think", controls=controls, results=config.output / "results.json"
     )

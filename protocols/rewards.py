@@ -140,7 +140,9 @@ class RewardSum:
                 row[term.name] = weight * value
         for row, episode in zip(rows, group, strict=True):
             if not all(map(isfinite, row.values())):
-                raise ValueError(f"a reward must be finite; seat {seat!r} in episode {episode.id!r} got {row}")
+                raise InputError(
+                    f"a reward must be finite; seat {seat!r} in episode {episode.id!r} got {row}: mend that term"
+                )
         if self.right_beats_wrong:
             lowered = self._lowered(group, rows)
             for row, episode in zip(rows, group, strict=True):

@@ -107,8 +107,8 @@ def assign_credit(
 
     A group is a problem's episodes for one seat ("seat": Dr. MAS, arXiv 2602.08847), for one seat and the n-th of its
     turns ("turn": AT-GRPO, arXiv 2510.11062), or for all seats, those of other policies included ("pooled": one
-    baseline for all, kept to compare with). With `skip_equal`, groups whose rewards are all equal are left out, and so
-    out of every mean over the batch (DAPO's dynamic sampling, arXiv 2503.14476, without sampling anew).
+    baseline for all, kept to compare with). With `skip_equal`, sequences of groups whose rewards are all equal are left
+    out, and so out of every mean over the batch (DAPO's dynamic sampling, arXiv 2503.14476, without sampling anew).
 
     Raises InputError for a reward that is not a finite number.
     """

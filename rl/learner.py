@@ -13,7 +13,15 @@ from transformers import PreTrainedModel, get_scheduler
 from turnwise.environments.errors import InputError
 from turnwise.rl.advantage import Sample
 from turnwise.rl.batch import Batch, Tokens
-from turnwise.rl.loss import LossSettings, entropy, kl_divergence, policy_loss, token_weights
+from turnwise.rl.loss import (
+    LossSettings,
+    entropy,
+    importance_ratio,
+    kl_divergence,
+    policy_loss,
+    sequence_ratio,
+    token_weights,
+)
 
 
 class LearnerSettings(BaseModel):
@@ -81,19 +89,21 @@ class Learner:
 
         Raises InputError where the gradient is not finite; the weights are then as they were before that step.
         """
+        batches = [self._batch(part, control_states) for part in split(samples, self.settings.mini_batches)]
+        # From the second step on, the policy is no longer the one that was sampled.
+        old = [None, *(self._log_probs(batch) for batch in batches[1:])]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.model.train()
-            batches = [self._batch(part, control_states) for part in split(samples, self.settings.mini_batches)]
-            # From the second step on, the policy is no longer the one that was sampled.
-            old = [None, *(self._log_probs(batch) for batch in batches[1:])]
-            steps = [self._step(batch, old_log_probs) for batch, old_log_probs in zip(batches, old, strict=False)]
-            self.model.train(False)
+            try:
+                steps = [self._step(batch, old_log_probs) for batch, old_log_probs in zip(batches, old, strict=False)]
+            finally:
+                self.model.train(False)
         self.version += 1
         return {name: fmean(step[name] for step in steps if name in step) for step in steps for name in step}
 
     def state(self) -> dict[str, object]:
-        """All that `load` needs to go on exactly from here."""
+        """All that `load` needs to go on exactly from here, not copied: save it before the next update."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -134,7 +144,9 @@ class Learner:
             )  # fmt: skip
             torch.autograd.backward(loss)
             with torch.no_grad():
-                share, ratio = plain[tokens], (log_probs - old).exp()
+                share, ratio = plain[tokens], importance_ratio(log_probs, old)
+                if loss_settings.ratio == "sequence":
+                    ratio = sequence_ratio(log_probs, old, batch.sequences[tokens])
                 clipped = (ratio > 1 + loss_settings.clip_high) | (ratio < 1 - loss_settings.clip_low)
                 mismatch = (old - batch.engine_log_probs[tokens]).abs()
                 weighed += float(share.sum())
@@ -192,8 +204,8 @@ def control_figures(batch: Batch, weights: Tokens, alpha: float) -> dict[str, fl
     """How much gradient weight rests on control tokens, all told and by mode. Empty for a batch without any.
 
     `control/share` is their share of Σ |w A| over all tokens. For each mode, `control/weight/<mode>` is the mean weight
-    of its control tokens times the number of episodes: α under DeGRPO, the mean of 1 / (T + 1) under GRPO
-    (arXiv 2505.13379, eq. 3); `control/gradient/<mode>` is Σ |w A| over them.
+    of its control tokens times the number of episodes: with one an episode, α under DeGRPO and the mean of 1 / (T + 1)
+    under GRPO (arXiv 2505.13379, eq. 3); `control/gradient/<mode>` is Σ |w A| over them.
     """
     if not batch.modes:
         return {}

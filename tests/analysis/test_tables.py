@@ -1,11 +1,13 @@
 from rich.console import Console
 from rich.table import Table
 
-from turnwise.analysis.tables import comparison, levels
+from turnwise.analysis.control import Control
+from turnwise.analysis.tables import comparison, equal_tokens, levels, rounds_played
 from turnwise.environments.environment import Grade, Outcome
 from turnwise.environments.episode import Episode
 from turnwise.environments.problem import Problem
 from turnwise.environments.transcript import Reply, Step, Transcript
+from turnwise.rl.summary import summarise
 
 
 def episode(*tokens: tuple[str, int], right: bool = True, level: int = 1, stop: str | None = None) -> Episode:
@@ -81,3 +83,34 @@ class TestLevels:
             ["1", "100% in 10", "100% in 10"],
             ["2", "100% in 30", ""],
         ]
+
+
+class TestRoundsPlayed:
+    def test_each_round_is_a_row_in_the_order_in_which_they_were_partners(self) -> None:
+        base, wrong = summarise(ALONE), summarise([episode(("long", 10), right=False)])
+        pool = [[base, wrong], [wrong, summarise(TOGETHER)], [summarise([episode(("long", 40))]), wrong]]
+        table = rounds_played(pool, [(0, 0), (1, 1), (2, 0)], ("long", "short"), base)
+        assert table.title == "Round by round"
+        assert rows(table) == [
+            ["", "right", "95% interval", "tokens", "turns", "AES"],
+            ["long-r0⊗short-r0", "50.0%", "9.5% to 90.5%", "200.0", "1.0", "+0.00"],
+            ["long-r1⊗short-r1", "100.0%", "34.2% to 100.0%", "52.5", "2.5", "+3.74"],
+            # (200 − 40) / 200 + 3
+            ["long-r2⊗short-r0", "100.0%", "20.7% to 100.0%", "40.0", "1.0", "+3.80"],
+        ]
+
+    def test_there_is_no_aes_against_a_base_without_a_right_answer(self) -> None:
+        wrong = summarise([episode(("long", 10), right=False)])
+        assert rows(rounds_played([[wrong]], [(0, 0)], ("a", "b"), wrong))[1] == [
+            "a-r0⊗b-r0", "0.0%", "0.0% to 79.3%", "10.0", "1.0", "",
+        ]  # fmt: skip
+
+
+def test_each_control_is_a_row() -> None:
+    table = equal_tokens({"long alone, cut short": Control(0.256, 63.96), "a majority of 9": Control(1.0, 7.0)})
+    assert table.title == "For the same tokens, alone"
+    assert rows(table) == [
+        ["", "right", "tokens"],
+        ["long alone, cut short", "25.6%", "64.0"],
+        ["a majority of 9", "100.0%", "7.0"],
+    ]

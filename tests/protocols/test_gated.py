@@ -57,3 +57,8 @@ def test_without_a_token_of_the_routers_the_dialogue_never_opens(converse: Conve
     said = converse(protocol, text)
     assert protocol.next_turns(said) == []
     assert protocol.answer(said) == text
+
+
+def test_the_gate_alone_is_of_control_tokens() -> None:
+    assert Gated().control_states == {"gate"}
+    assert LongShort().control_states == frozenset()

@@ -438,3 +438,9 @@ class TestPurity:
     def test_a_graph_can_be_written_down_and_read(self) -> None:
         graph = votes(dialogue="chat").graph
         assert TurnGraph.model_validate_json(graph.model_dump_json()) == graph
+
+
+def test_control_states_are_those_that_say_so() -> None:
+    assert protocol().control_states == votes().control_states == frozenset()
+    chosen = {**VOTES["states"], "count": State(seat="w", closes={"</again>": "vote"}, control=True)}
+    assert votes(states=chosen).control_states == {"count"}

@@ -98,3 +98,8 @@ def test_a_mode_can_be_forced(
     assert mode_of(said) == token
     assert paid(protocol, said) == reward
     assert protocol.graph.worst_case() == (1, budget)
+
+
+def test_the_first_turn_alone_is_of_control_tokens_and_a_forced_mode_has_none() -> None:
+    assert Thinkless().control_states == {"route"}
+    assert Thinkless(mode="short").control_states == Thinkless(mode="think").control_states == frozenset()

@@ -55,15 +55,16 @@ def credited(episodes: Sequence[Sequence[Episode]], rewards: Sequence[Sequence[f
 
 @pytest.fixture(scope="module")
 def samples(dialogue: Dialogue) -> list[Sample]:
-    """Eight episodes in 14 sequences, of two problems, with advantages of many sizes."""
+    """Eight episodes of two problems, in 18 sequences, with advantages of many sizes."""
     episodes = [played(dialogue, "p"), played(dialogue, "q")]
     return credited(episodes, [[1, 0.5, -1, -1], [0.3, 0.9, 0, -2]])
 
 
-def learner(model: PreTrainedModel, **settings: object) -> Learner:
+def learner(model: PreTrainedModel, *, temperature: float = 1.0, **settings: object) -> Learner:
     """The keys of a loss stand beside those of the learner."""
     loss = {key: settings.pop(key) for key in list(settings) if key in LossSettings.model_fields}
-    return Learner(model, LearnerSettings.model_validate({**settings, "loss": loss}), updates=10)
+    chosen = LearnerSettings.model_validate({**settings, "loss": loss})
+    return Learner(model, chosen, updates=10, temperature=temperature)
 
 
 def batch_of(samples: Sequence[Sample]) -> Batch:
@@ -93,7 +94,9 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 # The gradient
 
 
-def by_hand(model: PreTrainedModel, samples: Sequence[Sample], loss: LossSettings) -> torch.Tensor:
+def by_hand(
+    model: PreTrainedModel, samples: Sequence[Sample], loss: LossSettings, temperature: float = 1.0
+) -> torch.Tensor:
     """The gradient of −Σ w A log π: a forward pass of its own for each turn, and the weights from their definitions."""
     turns = [
         (s.trajectory.episode.id, turn.step, worth)
@@ -119,7 +122,8 @@ def by_hand(model: PreTrainedModel, samples: Sequence[Sample], loss: LossSetting
         else:
             weight = 1 / sum(length for _, control, length in lengths if not control)
         ids = torch.tensor([reply.prompt_token_ids + reply.token_ids])
-        log_probs = model(ids).logits[0, len(reply.prompt_token_ids) - 1 : -1].log_softmax(-1)
+        logits = model(ids).logits[0, len(reply.prompt_token_ids) - 1 : -1]
+        log_probs = (logits / temperature).log_softmax(-1)
         total = total - weight * advantage * log_probs.gather(-1, torch.tensor(reply.token_ids)[:, None]).sum()
     return torch.cat([part.flatten() for part in torch.autograd.grad(total, list(model.parameters()))])
 
@@ -134,6 +138,18 @@ def test_the_gradient_is_that_by_hand_for_every_micro_batch_size_and_order(
         assert_same(gradient(learner(model, micro_batch_size=size, **settings), batch_of(samples)), expected)
         shuffled = random.Random(size).sample(samples, len(samples))
         assert_same(gradient(learner(model, micro_batch_size=size, **settings), batch_of(shuffled)), expected)
+
+
+def test_a_policy_learns_at_the_temperature_at_which_it_was_sampled(
+    mini_model: MiniModel, samples: list[Sample]
+) -> None:
+    model, batch = mini_model(), batch_of(samples)
+    found = gradient(learner(model, temperature=0.6), batch)
+    assert_same(found, by_hand(model, samples, LossSettings(), temperature=0.6))
+    # Its ratio is to what it was at that temperature, too: it is 1, and nothing is clipped.
+    old = learner(model, temperature=0.6)._log_probs(batch)
+    assert (old - learner(model)._log_probs(batch)).abs().max() > 0.1
+    assert_same(gradient(learner(model, temperature=0.6), batch, old), found)
 
 
 REGULARISED = {"kl_coefficient": 0.2, "entropy_coefficient": 0.1, "importance_cap": 1.1, "dual_clip": 1.5}
@@ -370,6 +386,14 @@ def test_the_gradient_is_clipped_before_the_step_and_told_as_it_was(
     assert torch.cat(moments).norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)
 
 
+def test_weights_decay_apart_from_the_gradient(mini_model: MiniModel, samples: list[Sample]) -> None:
+    start = weights(mini_model())
+    plain, decayed = (learner(mini_model(), learning_rate=0.01, weight_decay=decay) for decay in (0.0, 0.5))
+    for taught in (plain, decayed):
+        taught.update(samples)
+    torch.testing.assert_close(weights(decayed.model) - weights(plain.model), -0.01 * 0.5 * start)
+
+
 @pytest.mark.parametrize(
     ("schedule", "rates"),
     [
@@ -459,6 +483,14 @@ def test_a_kl_term_without_a_reference_is_refused(mini_model: MiniModel) -> None
         learner(mini_model(), kl_coefficient=0.1)
 
 
+def test_a_reference_that_no_term_asks_for_costs_nothing(mini_model: MiniModel, samples: list[Sample]) -> None:
+    reference = mini_model(seed=1)
+    counts = forwards(reference)
+    figures = Learner(mini_model(), LearnerSettings(), updates=1, reference=reference).gradient(batch_of(samples))
+    assert counts == []
+    assert "kl" not in figures
+
+
 def test_a_reference_draws_the_policy_to_it_and_stays(mini_model: MiniModel, samples: list[Sample]) -> None:
     reference = mini_model(seed=1)
     model, start = copy.deepcopy(reference), weights(reference)
@@ -501,6 +533,31 @@ def test_the_engines_mismatch_is_told(mini_model: MiniModel, samples: list[Sampl
     shift = 0.25 * torch.where(torch.arange(len(batch.columns)) % 2 == 0, 1.0, -1.0)
     other = replace(batch, engine_log_probs=exact.engine_log_probs + shift)
     assert taught.gradient(other)["engine_mismatch"] == pytest.approx(0.25)
+
+
+def test_means_are_over_the_tokens_that_were_not_left_out(mini_model: MiniModel, half_idle: list[Sample]) -> None:
+    """Whatever the weights add up to, which is less than 1 with a constant."""
+    for aggregation in AGGREGATIONS:
+        taught, batch = learner(mini_model(), aggregation=aggregation), batch_of(half_idle)
+        shifted = replace(batch, engine_log_probs=taught._log_probs(batch) - 0.25)
+        figures = taught.gradient(shifted)
+        assert figures["engine_mismatch"] == pytest.approx(0.25)
+        trained = sum(s.trajectory.sequence.trained for s in half_idle if any(s.advantages))
+        assert figures["trained_tokens"] == trained < len(batch.columns)
+
+
+@pytest.mark.parametrize(("ratio", "clipped"), [("token", 1.0), ("sequence", 0.4)])
+def test_the_share_that_is_out_of_bounds_is_told_by_the_ratio_of_the_loss(
+    mini_model: MiniModel, dialogue: Dialogue, ratio: str, clipped: float
+) -> None:
+    """Two tokens are twice as likely as they were; three others have ratios of 3, 1.5 and 1/4.5, whose mean is 1."""
+    first, second = dialogue(("solver", "a", (7, 8, 9))), dialogue(("solver", "a", (7, 8)), sample=1)
+    drawn = [Sample(trajectories(episode, "solver")[0], (1.0,)) for episode in (first, second)]
+    taught, batch = learner(mini_model(), aggregation="token-mean", ratio=ratio), batch_of(drawn)
+    ratios = torch.tensor([2, 2, 3, 1.5, 1 / 4.5], dtype=torch.float64)
+    assert batch.sequences.tolist() == [0, 0, 1, 1, 1]
+    figures = taught.gradient(batch, taught._log_probs(batch) - ratios.log())
+    assert figures["clipped"] == pytest.approx(clipped)
 
 
 def test_the_importance_weight_corrects_for_the_engine(mini_model: MiniModel, samples: list[Sample]) -> None:

@@ -44,7 +44,10 @@ def test_rounds_follow_each_other_without_a_gap(names: list[str], steps: int) ->
         ("long,short", r"got \['long,short'\] in 'long,short'"),
         ("long+ short", r"got \[''\] in 'long\+ short'"),
         ("Long", r"got \['Long'\] in 'Long'"),
-        ("short long+long", r"a round names each policy that trains in it once; got 'long\+long' in 'short long\+long'"),
+        (
+            "short long+long",
+            r"a round names each policy that trains in it once; got 'long\+long' in 'short long\+long'",
+        ),
     ],
 )
 def test_what_is_no_round(text: str, message: str) -> None:

@@ -1,12 +1,14 @@
+import json
 from statistics import fmean
 
+import orjson
 import pytest
 
 from turnwise.environments.environment import Grade, Outcome
 from turnwise.environments.episode import Episode
 from turnwise.environments.problem import Problem
 from turnwise.environments.transcript import Reply, Step, Transcript
-from turnwise.rl.summary import Summary, accuracy_efficiency_score, by_level, summarise, wilson
+from turnwise.rl.summary import Summary, accuracy_efficiency_score, by_level, record, summarise, wilson
 
 
 def step(seat: str, tokens: int, *, stop: str | None = None, prefill: str = "") -> Step:
@@ -169,3 +171,32 @@ class TestLevels:
         assert list(levels) == [2]
         assert levels[2].failed == 0
         assert by_level([]) == {}
+
+
+class TestRecord:
+    def test_it_is_what_json_can_hold_over_all_and_by_level(self) -> None:
+        think, short = step("solver", 1, stop="<think>"), step("solver", 1, stop="<short>")
+        episodes = [
+            episode(think, step("solver", 9)),
+            episode(short, step("solver", 3), outcome=Outcome.TIMED_OUT),
+            episode(short, step("solver", 4), level=12),
+            episode(level=12, outcome=None),
+        ]
+        low, high = wilson(2, 3)
+        half = list(wilson(1, 2))
+        assert json.loads(orjson.dumps(record(episodes))) == {
+            "episodes": 3, "failed": 1, "accuracy": 2 / 3, "interval": [low, high], "tokens": 19 / 3,
+            "seat_tokens": {"solver": 19 / 3}, "turns": 2.0, "think_share": 1 / 3,
+            "outcomes": {"right": 2, "timed out": 1},
+            "levels": {
+                "1": {
+                    "episodes": 2, "failed": 0, "accuracy": 0.5, "interval": half, "tokens": 7.0,
+                    "seat_tokens": {"solver": 7.0}, "turns": 2.0, "think_share": 0.5,
+                    "outcomes": {"right": 1, "timed out": 1},
+                },
+                "12": {
+                    "episodes": 1, "failed": 1, "accuracy": 1.0, "interval": list(wilson(1, 1)), "tokens": 5.0,
+                    "seat_tokens": {"solver": 5.0}, "turns": 2.0, "think_share": 0.0, "outcomes": {"right": 1},
+                },
+            },
+        }  # fmt: skip
