@@ -16,7 +16,7 @@ import typer
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from study import RESULTS, command, results, run_all, series, smoothed, write_json
+from study import RESULTS, command, results, run_all, series, smoothed, spread, write_json
 
 from turnwise.analysis.control import Control
 from turnwise.analysis.plots import heat_map
@@ -95,13 +95,11 @@ def table(found: dict[str, list[dict[str, float]]]) -> Table:
         shown.add_column(heading, justify="right" if heading else "left")
     forms = {"right": "{:.1%}", "tokens": "{:.1f}", "saved": "{:.1%}", "aes": "{:+.2f}"}
     for variant, outcomes in found.items():
-        cells = []
-        for figure, form in forms.items():
-            values = [one[figure] for one in outcomes]
-            cells.append(
-                " ".join([form.format(fmean(values)), f"({form.format(min(values))} to {form.format(max(values))})"])
-            )
-        shown.add_row(variant, *cells)
+        shown.add_row(variant, *(spread([one[figure] for one in outcomes], form) for figure, form in forms.items()))
+    first = found["alternating"][0]
+    for control in (name for name in first if "cut short" in name or "majority" in name):
+        right = spread([one[control] for one in found["alternating"]], forms["right"])
+        shown.add_row(f"same tokens: {control}", right)
     return shown
 
 
@@ -147,7 +145,8 @@ def draw(runs: Path, found: dict[str, list[dict[str, float]]]) -> Figure:
         ended.plot(*zip(*points, strict=True), "o", ms=8, alpha=0.8, color=f"C{index}", label=variant)
     base = found["alternating"][0]
     ended.plot(base["base tokens"], base["base right"], "k*", ms=12, label="long alone")
-    ended.set(xlabel="sampled tokens an episode", ylabel="right", title="held-out problems, each seed", xscale="log")
+    ended.set(xlabel="sampled tokens an episode", ylabel="right", title="held-out problems, each seed")
+    ended.set(xlim=(0, None), ylim=(0.94, 1.003))
     ended.yaxis.set_major_formatter("{x:.0%}")
     for axes in (over, ended):
         axes.grid(alpha=0.3)

@@ -1,6 +1,7 @@
 """What the two studies share: many training runs, a few at a time, each done once and resumed where it was stopped."""
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,7 @@ def run_all(script: str, runs: Mapping[str, Sequence[str]], folder: Path, worker
 
 def command(script: str, flags: Sequence[str]) -> str:
     """The command line of a run, to be copied."""
-    return " ".join(["python", f"examples/{script}", *(f"'{flag}'" if " " in flag else flag for flag in flags)])
+    return shlex.join(["python", f"examples/{script}", *flags])
 
 
 def series(folder: Path, figure: str) -> tuple[list[int], list[float]]:
@@ -57,6 +58,12 @@ def results(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
 def smoothed(values: Sequence[float], width: int = 5) -> list[float]:
     """The mean of each value and of those before it, `width` at most."""
     return [fmean(values[max(0, place - width + 1) : place + 1]) for place in range(len(values))]
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """The mean, and the range where there is one."""
+    mean, low, high = (form.format(value) for value in (fmean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def write_json(name: str, found: object) -> None:

@@ -15,7 +15,7 @@ import typer
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from study import RESULTS, command, results, run_all, series, smoothed, write_json
+from study import RESULTS, command, results, run_all, series, smoothed, spread, write_json
 
 SCRIPT = "train_thinkless.py"
 SEEDS = (0, 1, 2)
@@ -179,12 +179,6 @@ def by_set(runs: list) -> Table:
             cells.append(f"{right:.1%}, {tokens:.0f}" + (f" ({fmean(thinks):.0%})" if thinks else ""))
         shown.add_row(title, *cells)
     return shown
-
-
-def spread(values: list[float], form: str) -> str:
-    """The mean, and the range where there are several."""
-    mean, low, high = (form.format(value) for value in (fmean(values), min(values), max(values)))
-    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def draw(runs: Path, found: dict[str, list]) -> Figure:
