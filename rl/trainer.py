@@ -288,8 +288,10 @@ class Trainer:
         try:
             state = torch.load(path, weights_only=True)
         except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"{path} cannot be read ({reason}): remove it, and the run begins anew") from error
+            raise InputError(
+                f"{path} must be a whole checkpoint, and is damaged ({type(error).__name__}): remove it, and the run "
+                "begins anew"
+            ) from error
         run = self._run()
         if different := sorted(key for key in run | state["run"] if run.get(key) != state["run"].get(key)):
             raise InputError(
@@ -299,6 +301,7 @@ class Trainer:
         for name, learner in self._learners.items():
             learner.load(state["learners"][name])
         self._done, self._base, self._best = state["step"], state["base"], state["best"]
+        self._shares.clear()
         self._shares.extend(state["shares"])
 
     def _run(self) -> Run:

@@ -1,14 +1,31 @@
 """Bad input is one line on stderr and exit code 2, and nothing is lost by it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
+from typing import Literal, cast
 
 import pytest
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from rich.console import Console
 
 from turnwise.agents.tiny import LONG
+from turnwise.analysis.control import Control
+from turnwise.cli import read_config, show_pool, show_results, train_shown
+from turnwise.environments.environment import Environment, Grade, Grader, Outcome
+from turnwise.environments.episode import Episode
+from turnwise.environments.errors import InputError
+from turnwise.environments.problem import Problem
+from turnwise.environments.transcript import Reply, Step, Transcript
+from turnwise.rl.rounds import Round
+from turnwise.rl.summary import record, summarise
+from turnwise.rl.trainer import Report, Trainer
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "longshort_math.py"
@@ -93,3 +110,266 @@ def test_a_number_or_flag_that_makes_no_sense(flag: str) -> None:
     done = run(EXAMPLE, flag)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+# Settings
+
+
+class Loss(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    alpha: float = 0.001
+    kind: Literal["mean", "sum"] = "mean"
+
+
+class Learning(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rate: float = 0.1
+    steps: PositiveInt = 100
+    loss: Loss = Loss()
+
+
+class Config(BaseModel):
+    """Trains nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = "tiny"
+    test_problems: PositiveInt = 400
+    brevity: tuple[tuple[int, float], ...] = ((0, 0.0),)
+    output: Path = Path("runs/nothing")
+    learning: Learning = Learning(steps=30, loss=Loss(kind="sum"))
+
+
+class TestReadConfig:
+    def written(self, folder: Path, text: str) -> list[str]:
+        (folder / "my.toml").write_text(text)
+        return ["--config", str(folder / "my.toml")]
+
+    def test_without_a_word_it_is_the_defaults(self) -> None:
+        assert read_config(Config, []) == Config()
+        assert type(read_config(Config, [])) is Config
+
+    def test_flags_go_over_the_file_and_the_file_over_the_defaults(self, tmp_path: Path) -> None:
+        file = self.written(
+            tmp_path,
+            'model = "filed"\ntest_problems = 7\nbrevity = [[0, 0.0], [5, 0.25]]\n'
+            "[learning]\nrate = 0.5\n[learning.loss]\nalpha = 0.25\n",
+        )
+        assert read_config(Config, file) == Config(
+            model="filed", test_problems=7, brevity=((0, 0.0), (5, 0.25)),
+            learning=Learning(rate=0.5, steps=30, loss=Loss(alpha=0.25, kind="sum")),
+        )  # fmt: skip
+        flags = ["--test-problems", "9", "--learning.steps=2", "--learning.loss.kind", "mean", "--output", "x/y"]
+        assert read_config(Config, [*flags, *file]) == Config(
+            model="filed", test_problems=9, brevity=((0, 0.0), (5, 0.25)), output=Path("x/y"),
+            learning=Learning(rate=0.5, steps=2, loss=Loss(alpha=0.25, kind="mean")),
+        )  # fmt: skip
+
+    def test_one_nested_setting_leaves_its_neighbours_as_the_config_has_them(self, tmp_path: Path) -> None:
+        expected = Config(learning=Learning(steps=30, loss=Loss(alpha=2.0, kind="sum")))
+        assert read_config(Config, ["--learning.loss.alpha", "2"]) == expected
+        assert read_config(Config, self.written(tmp_path, "learning.loss.alpha = 2.0\n")) == expected
+
+    def test_lists_are_json(self) -> None:
+        assert read_config(Config, ["--brevity", "[[0, 0.5], [9, 1]]"]).brevity == ((0, 0.5), (9, 1.0))
+
+    def test_the_environments_variables_are_not_settings(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        for name in ("model", "MODEL", "test_problems", "TEST_PROBLEMS"):
+            monkeypatch.setenv(name, "3")
+        for name in ("learning", "LEARNING"):
+            monkeypatch.setenv(name, '{"steps": 3}')
+        monkeypatch.chdir(tmp_path)
+        Path(".env").write_text("model=3\n")
+        assert read_config(Config, []) == Config()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--modle", "x"], r".*unrecognized arguments: --modle x; --help lists all flags"),
+            (["--learning.stpes", "3"], r".*unrecognized arguments: --learning\.stpes 3; --help lists all flags"),
+            (["--learning.st", "3"], r".*unrecognized arguments: --learning\.st 3; --help lists all flags"),
+            (["stray"], r".*unrecognized arguments: stray; --help lists all flags"),
+            (["--model"], r".*argument --model: expected one argument; --help lists all flags"),
+            (["--config"], r"argument --config: expected one argument; --help lists all flags"),
+            (["--learning.steps", "few"], r"learning\.steps: Input should be a valid integer, .*; got 'few'"),
+            (["--learning.steps", "0"], r"learning\.steps: Input should be greater than 0; got '0'"),
+            (["--learning.loss.kind", "max"], r"learning\.loss\.kind: Input should be 'mean' or 'sum'; got 'max'"),
+            (["--brevity", "[[0, 0.0]"], r".*brevity.*"),
+            (["--brevity", "[[0, 0.0, 1]]"], r"brevity\.0: .*"),
+            (
+                ["--learning.rate", "x", "--test-problems", "-1"],
+                r"test_problems: Input should be greater than 0; got '-1'; learning\.rate: Input should be a valid "
+                r"number, .*; got 'x'",
+            ),
+        ],
+    )
+    def test_flags_that_cannot_be_used(self, arguments: list[str], message: str) -> None:
+        with pytest.raises(InputError) as error:
+            read_config(Config, arguments)
+        assert re.fullmatch(message, str(error.value)), str(error.value)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ('modle = "x"', r"modle: Extra inputs are not permitted; got 'x'"),
+            ("[learning]\nstpes = 3", r"learning\.stpes: Extra inputs are not permitted; got 3"),
+            ('[learning]\nsteps = "few"', r"learning\.steps: Input should be a valid integer, .*; got 'few'"),
+            ("[learning.loss]\nalpha = [1]", r"learning\.loss\.alpha: Input should be a valid number; got \[1\]"),
+            ("learning = 3", r"learning: Input should be .*; got 3"),
+            # What the library that reads flags would take for its own.
+            ('_env_file = "x"', r"_env_file: Extra inputs are not permitted; got 'x'"),
+            ('cli_args = ["--model", "x"]', r"cli_args: Extra inputs are not permitted; got \['--model', 'x'\]"),
+            (
+                "model = = 3",
+                r"--config must name a TOML file; .*/my\.toml cannot be read: Invalid value \(at line 1, .*",
+            ),
+        ],
+    )
+    def test_files_that_cannot_be_used(self, tmp_path: Path, text: str, message: str) -> None:
+        with pytest.raises(InputError) as error:
+            read_config(Config, self.written(tmp_path, text))
+        assert re.fullmatch(message, str(error.value)), str(error.value)
+
+    def test_a_file_that_is_none(self, tmp_path: Path) -> None:
+        for path, reason in ((tmp_path / "none.toml", "No such file"), (tmp_path, "Is a directory")):
+            with pytest.raises(
+                InputError, match=rf"^--config must name a TOML file; {path} cannot be read: .*{reason}"
+            ):
+                read_config(Config, ["--config", str(path)])
+        (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+        with pytest.raises(InputError, match="'utf-8' codec can't decode"):
+            read_config(Config, ["--config", str(tmp_path / "bytes.toml")])
+
+
+def test_a_script_with_a_config_says_in_one_line_what_is_wrong_with_its_flags(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pydantic import BaseModel, ConfigDict\n"
+        "from turnwise.cli import run_configured\n"
+        "class Config(BaseModel):\n"
+        "    'Says how often.'\n"
+        "    model_config = ConfigDict(extra='forbid')\n"
+        "    often: int = 3\n"
+        "run_configured(lambda config: print(config.often), Config)\n"
+    )
+    (tmp_path / "my.toml").write_text("often = 4")
+    assert run(script, "--config", tmp_path / "my.toml").stdout == "4\n"
+    assert_refused(run(script, "--oftne", "5"), "unrecognized arguments: --oftne 5")
+    (tmp_path / "my.toml").write_text('often = "x"')
+    assert_refused(run(script, "--config", tmp_path / "my.toml"), "often: Input should be a valid integer")
+    helped = run(script, "--help")
+    assert helped.returncode == 0
+    assert "Says how often." in helped.stdout
+    assert "--often int" in helped.stdout
+
+
+# What is shown
+
+
+class NoGrader(Grader):
+    async def grade(self, problem: Problem, text: str) -> Grade:
+        raise AssertionError
+
+
+def episode(number: int, tokens: int, *, right: bool = True, mode: str | None = None) -> Episode:
+    steps = [Step("solver", "route", Reply("", 1, "stop", mode))] if mode else []
+    problem = Problem(f"p{number}", "1 + 1?", "2", level=number + 1)
+    transcript = Transcript(problem, (*steps, Step("solver", "solve", Reply("2", tokens))))
+    return Episode(transcript, 0, 0, Grade(Outcome.RIGHT if right else Outcome.WRONG, "2"))
+
+
+RUNS = {
+    "trained": [episode(0, 10), episode(1, 30)],
+    "before": [episode(0, 100), episode(1, 300, right=False)],
+}
+
+
+def printed() -> tuple[Console, StringIO]:
+    text = StringIO()
+    return Console(file=text, width=120, color_system=None), text
+
+
+def test_results_are_shown_and_written(tmp_path: Path) -> None:
+    console, text = printed()
+    environment = Environment("two", [one.transcript.problem for one in RUNS["before"]], NoGrader())
+    controls = {"before, cut short": Control(0.25, 20.0)}
+    show_results(
+        RUNS, environment, console, baseline="before", controls=controls,
+        plot=tmp_path / "plot.png", results=tmp_path / "results.json",
+    )  # fmt: skip
+    shown = text.getvalue()
+    # (200 − 20) / 200 + 3 · (1 − 0.5) / 0.5
+    for words in ("2 problems of two", "by level", "For the same tokens, alone", "before, cut short", "+3.90"):
+        assert words in shown
+    assert json.loads((tmp_path / "results.json").read_text()) == {
+        "runs": json.loads(json.dumps({name: record(episodes) for name, episodes in RUNS.items()})),
+        "controls": {"before, cut short": {"accuracy": 0.25, "tokens": 20.0}},
+    }
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.png", "results.json"]
+
+
+def test_results_without_controls_files_or_levels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    console, text = printed()
+    runs = {"only": [episode(0, 10)]}
+    show_results(runs, Environment("one", [Problem("p0", "?", "!")], NoGrader()), console, baseline="only")
+    assert "1 problems of one" in text.getvalue()
+    assert "by level" not in text.getvalue()
+    assert "alone" not in text.getvalue()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pool_is_shown_and_written(tmp_path: Path) -> None:
+    console, text = printed()
+    first, second = (summarise(episodes) for episodes in RUNS.values())
+    show_pool([[second, first]], [(0, 0), (0, 1)], ("long", "short"), second, console, folder=tmp_path)
+    lines = [line for line in text.getvalue().splitlines() if "⊗" in line]
+    assert [re.findall(r"long-r\d⊗short-r\d|[+-]\d\.\d\d", line) for line in lines] == [
+        ["long-r0⊗short-r0", "+0.00"],
+        ["long-r0⊗short-r1", "+3.90"],
+    ]
+    assert json.loads((tmp_path / "pool.json").read_text()) == {
+        "rows": "long",
+        "columns": "short",
+        "path": [[0, 0], [0, 1]],
+        "pool": [
+            [{"accuracy": 0.5, "tokens": 200.0, "turns": 1.0}, {"accuracy": 1.0, "tokens": 20.0, "turns": 1.0}],
+        ],
+    }
+    assert (tmp_path / "pool.png").read_bytes().startswith(b"\x89PNG")
+
+
+@dataclass
+class Trained:
+    """A trainer that has nothing to do but to report."""
+
+    reports: Sequence[Report]
+    steps: int
+
+    def train(self) -> Iterator[Report]:
+        yield from self.reports
+
+
+def test_training_is_shown_with_its_evaluations_and_the_alarm_of_a_collapse() -> None:
+    now, figures = Round(2, ("long", "short"), 9), {"right": 0.5, "tokens": 12.4, "share of modes/<short>": 0.75}
+    routed = summarise([episode(0, 9, mode="<think>"), episode(1, 19, mode="<short>", right=False)])
+    collapses = [None, "<short>", "<short>", None, "<short>", "<think>"]
+    reports = [
+        Report(0, 9, None, {}, summarise(RUNS["before"]), None),
+        *(Report(step, 9, now, figures, None, collapsed) for step, collapsed in enumerate(collapses, start=3)),
+        Report(9, 9, now, figures, routed, "<think>"),
+    ]
+    console, text = printed()
+    train_shown(cast(Trainer, Trained(reports, 9)), console)
+    *lines, live = text.getvalue().splitlines()
+    assert lines == [
+        "step    0  50.0% right (9.5% to 90.5%) in 200.0 tokens",
+        "step    4  only <short> is chosen: the other modes are no longer tried",
+        "step    7  only <short> is chosen: the other modes are no longer tried",
+        "step    8  only <think> is chosen: the other modes are no longer tried",
+        "step    9  50.0% right (9.5% to 90.5%) in 15.0 tokens, thinks 50%",
+    ]
+    assert re.fullmatch(r"━+ 9/9 \S+ round 2, long\+short: 50% right in 12 tokens <short> 75% *", live), live

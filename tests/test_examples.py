@@ -1,5 +1,6 @@
-"""The examples that need no model, run as their docstrings say."""
+"""The examples, run as their docstrings say: those that train, on very little."""
 
+import json
 import os
 import re
 import subprocess
@@ -32,3 +33,73 @@ def test_scripted_rollouts() -> None:
     # Each step costs a thought of 6 words and a request of 4; the last request is an answer of 3.
     levels = re.findall(r"│ +(\d) │ +\d+% in (\d+) │ +\d+% in (\d+) │ +\d+% in (\d+) │", printed)
     assert levels == [(str(level), *[str(10 * level - 1)] * 3) for level in range(1, 7)]
+
+
+# The training examples, with a little of everything
+
+SMALL = (
+    "--training.steps", "2", "--training.problems", "3", "--training.samples", "2", "--train-problems", "12",
+    "--test-problems", "6",
+)  # fmt: skip
+TRAINING = sorted(path.name for path in (ROOT / "examples").glob("train_*.py"))
+
+
+def trained(example: str, output: Path, *arguments: str) -> tuple[str, dict[str, dict[str, dict[str, float]]]]:
+    """What a training example printed, and the results that it wrote; it has logged each step once."""
+    printed = run(example, *SMALL, "--output", str(output), *arguments)
+    logged = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert logged == [0, 1, 2]
+    results = json.loads((output / "results.json").read_text())
+    assert all(found["episodes"] >= 6 for found in results["runs"].values())
+    return printed, results
+
+
+def test_training_examples_are_short_and_each_is_tried_here() -> None:
+    assert TRAINING == ["train_alone.py", "train_longshort.py", "train_new_protocol.py", "train_thinkless.py"]
+    for name in TRAINING:
+        assert len((ROOT / "examples" / name).read_text().splitlines()) <= 100, name
+
+
+def test_train_alone_and_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    printed, results = trained("train_alone.py", tmp_path / "run", "--max-tokens", "40")
+    assert re.search(r"^step    2  [\d.]+% right \([\d.]+% to [\d.]+%\) in [\d.]+ tokens$", printed, re.MULTILINE)
+    assert "round 1, long:" in printed
+    assert list(results["runs"]) == ["trained", "before"]
+    again, same = trained("train_alone.py", tmp_path / "run", "--max-tokens", "40")
+    assert "step" not in again
+    assert again.partition("6 problems of")[2] == printed.partition("6 problems of")[2]
+    assert same == results
+
+
+def test_train_longshort(tmp_path: Path) -> None:
+    rounds = ("--training.rounds", "long short", "--training.steps", "1", "--max-tokens", "40")
+    printed, results = trained("train_longshort.py", tmp_path / "run", *rounds)
+    assert list(results["runs"]) == ["trained", "before", "long alone", "short alone"]
+    assert results["runs"]["short alone"]["episodes"] == 48
+    assert [name for name in results["controls"] if "long alone, cut short" in name]
+    played = re.findall(r"^│ (long-r\d⊗short-r\d) │", printed, re.MULTILINE)
+    assert played == ["long-r0⊗short-r0", "long-r1⊗short-r0", "long-r1⊗short-r1"]
+    pool = json.loads((tmp_path / "run" / "pool.json").read_text())
+    assert pool["path"] == [[0, 0], [1, 0], [1, 1]]
+    assert [len(row) for row in pool["pool"]] == [2, 2]
+    assert (tmp_path / "run" / "pool.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_thinkless(tmp_path: Path) -> None:
+    printed, results = trained("train_thinkless.py", tmp_path / "run", "--think-tokens", "40")
+    assert list(results["runs"]) == [
+        "trained", "before", "always think", "never think", "trained, always", "trained, never",
+    ]  # fmt: skip
+    shares = {name: found["think_share"] for name, found in results["runs"].items()}
+    assert (shares["always think"], shares["never think"]) == (1.0, 0.0)
+    assert [name for name in results["controls"] if "always think, cut short" in name]
+    assert re.search(r"^step    0  .*, thinks \d+%$", printed, re.MULTILINE)
+    assert re.search(r"round 1, solver: .*(<short>|<think>) \d+%", printed)
+
+
+def test_train_new_protocol(tmp_path: Path) -> None:
+    printed, results = trained("train_new_protocol.py", tmp_path / "run")
+    assert list(results["runs"]) == ["trained", "before", "thinker alone"]
+    assert re.search(r"┃ ann ┃ bob ┃ cleo ┃ clerk ┃ (thinker ┃ )?turns ┃", printed)
+    assert "round 1, juror+thinker" in printed
+    assert {path.name for path in (tmp_path / "run" / "policies").glob("*/*")} == {"r0", "r1"}

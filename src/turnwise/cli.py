@@ -27,6 +27,7 @@ from turnwise.environments.errors import InputError
 from turnwise.protocols.graph import GraphProtocol
 from turnwise.rl.episode_store import EpisodeStore
 from turnwise.rl.rollout import Team, in_order, rollout
+from turnwise.rl.run_folder import write_whole
 from turnwise.rl.summary import Summary, record
 
 if TYPE_CHECKING:
@@ -50,7 +51,15 @@ def run_configured(main: Callable[[C], None], config: type[C]) -> None:
     A nested setting is a table in the file and a dotted flag: `--learner.loss.alpha 0.5`. Errors are as `run` shows
     them; the docstring of `config` is what `--help` says.
     """
-    _told(lambda: main(read_config(config, sys.argv[1:])))
+
+    def configured() -> None:
+        settings = read_config(config, sys.argv[1:])
+        from transformers.utils import logging  # slow to import: `--help` need not wait for it
+
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one a file would drown the line of training
+        main(settings)
+
+    _told(configured)
 
 
 def read_config(config: type[C], arguments: list[str]) -> C:
@@ -213,7 +222,8 @@ def show_results(
     if results:
         found = {name: record(episodes) for name, episodes in runs.items()}
         held_against = {name: asdict(control) for name, control in (controls or {}).items()}
-        results.write_bytes(orjson.dumps({"runs": found, "controls": held_against}, option=orjson.OPT_INDENT_2))
+        text = orjson.dumps({"runs": found, "controls": held_against}, option=orjson.OPT_INDENT_2)
+        write_whole(results, lambda path: path.write_bytes(text))
     if plot:
         from turnwise.analysis.plots import accuracy_over_tokens  # matplotlib: only where it is asked for
 

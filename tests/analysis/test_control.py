@@ -1,10 +1,11 @@
 from statistics import fmean
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turnwise.analysis.control import Control, by_problem, cut_short, majority, mixed
+from turnwise.analysis.control import Control, by_problem, cut_short, for_same_tokens, majority, mixed
 from turnwise.environments.environment import Grade, Outcome
 from turnwise.environments.episode import Episode
 from turnwise.environments.problem import Problem
@@ -99,3 +100,40 @@ class TestMajority:
 def test_a_choice_by_lot() -> None:
     assert mixed(Control(1.0, 100.0), Control(0.5, 20.0), 0.25) == Control(0.625, 40.0)
     assert mixed(Control(1.0, 100.0), Control(0.5, 20.0), 1.0) == Control(1.0, 100.0)
+
+
+class TestForSameTokens:
+    long: ClassVar = [episode(20), episode(100, problem="q")]
+    short: ClassVar = [
+        *(episode(10, answer, sample=sample) for sample, answer in enumerate((WRONG, RIGHT, RIGHT, "9"))),
+        *(
+            episode(10, answer, sample=sample, problem="q")
+            for sample, answer in enumerate((WRONG, WRONG, RIGHT, WRONG))
+        ),
+    ]
+
+    def held_against(self, *tokens: int) -> dict[str, Control]:
+        failed = Episode(Transcript(Problem("r", "1 + 1?", "2")), 0, 0, error="KeyError: 'x'")
+        trained = [failed, *(episode(count, problem=f"p{count}") for count in tokens)]
+        runs = {"trained": trained, "slow": self.long, "quick": self.short}
+        return for_same_tokens(runs, "trained", thorough="slow", brief="quick")
+
+    def test_by_hand(self) -> None:
+        # 40 tokens: a cap of 60; the slow one, of 60, in (40 − 10) / (60 − 10) of the cases; 4 votes of 10.
+        assert self.held_against(20, 60) == {
+            "slow, cut short": Control(0.5, 40.0),
+            "slow or quick, by lot": Control(pytest.approx(0.6), pytest.approx(40.0)),
+            "quick, majority of 4": Control(0.5, 40.0),
+        }
+
+    def test_a_run_that_is_briefer_than_the_brief_one_or_more_thorough_than_the_thorough_one(self) -> None:
+        assert self.held_against(4) == {
+            "slow, cut short": Control(0.0, 4.0),
+            "slow or quick, by lot": Control(0.0, 10.0),
+            "quick, majority of 1": Control(0.0, 10.0),
+        }
+        assert self.held_against(200) == {
+            "slow, cut short": Control(1.0, 60.0),
+            "slow or quick, by lot": Control(1.0, 60.0),
+            "quick, majority of 20": Control(0.5, 40.0),
+        }

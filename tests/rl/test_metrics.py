@@ -2,10 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from turnwise.environments.environment import Grade, Outcome
 from turnwise.environments.episode import Episode
+from turnwise.environments.errors import InputError
 from turnwise.environments.problem import Problem
 from turnwise.environments.transcript import Reply, Step, Transcript
 from turnwise.protocols.rewards import Reward
@@ -36,6 +37,12 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def name_first(folder: Path) -> Path:
+    """TensorBoard reads files by their names, in which the time is in whole seconds: the file, as an old one."""
+    (events,) = (folder / "tensorboard").iterdir()
+    return events.rename(events.with_name("events.out.tfevents.0000000001"))
 
 
 class TestFigures:
@@ -198,8 +205,7 @@ class TestLog:
         path = tmp_path / "metrics.jsonl"
         with path.open("ab") as file:
             file.write(b'{"step":4,"rig')
-        (events,) = (tmp_path / "tensorboard").iterdir()
-        with events.open("ab") as file:  # a record of which the kill left 6 bytes
+        with name_first(tmp_path).open("ab") as file:  # a record of which the kill left 6 bytes
             file.write(b"\x2a\0\0\0\0\0")
         assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3]
 
@@ -213,10 +219,13 @@ class TestLog:
         assert sorted(found.name for found in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
 
     def test_a_run_that_begins_anew_keeps_nothing(self, tmp_path: Path) -> None:
-        for right in (0.25, 0.5):
-            log = MetricsLog(tmp_path, last=-1)
-            log.write(0, {"right": right})
-            log.close()
+        log = MetricsLog(tmp_path, last=-1)
+        log.write(0, {"right": 0.25})
+        log.close()
+        name_first(tmp_path)
+        log = MetricsLog(tmp_path, last=-1)
+        log.write(0, {"right": 0.5})
+        log.close()
         assert read_metrics(tmp_path) == [{"step": 0, "right": 0.5}]
         assert scalars(tmp_path) == {"right": [(0, 0.5)]}
 
@@ -236,6 +245,18 @@ class TestLog:
         with pytest.raises(KeyboardInterrupt):
             MetricsLog(tmp_path, last=1)
         assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2]
+
+    def test_what_cannot_be_written(self, tmp_path: Path) -> None:
+        log, path = MetricsLog(tmp_path, last=-1), tmp_path / "metrics.jsonl"
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(InputError) as error:
+            log.write(0, {"right": 0.25})
+        assert str(error.value) == (
+            f"cannot write to {path}: Is a directory; the last checkpoint is safe: make room and run the same command "
+            "again"
+        )
+        log.close()
 
     def test_there_are_none_before_the_first_step(self, tmp_path: Path) -> None:
         assert read_metrics(tmp_path) == []
