@@ -73,13 +73,14 @@ def for_same_tokens(
 ) -> dict[str, Control]:
     """What is to be held against the run `trained`, for its mean tokens, by what two lone agents have played.
 
-    The thorough one cut short; one of the two by lot for each problem; the brief one voting with as many samples.
+    The thorough one cut short; one of the two by lot for each problem; the brief one voting with as many samples, or
+    with all that it has.
     """
     tokens = fmean(episode.transcript.token_count for episode in runs[trained] if episode.grade is not None)
     slow, quick = by_problem(runs[thorough]), by_problem(runs[brief])
     long, short = majority(slow, 1), majority(quick, 1)
-    votes = max(1, round(tokens / short.tokens))
-    share = min(1.0, max(0.0, (tokens - short.tokens) / (long.tokens - short.tokens)))
+    votes = min(max(1, round(tokens / short.tokens)), min(map(len, quick)))
+    share = min(1.0, max(0.0, (tokens - short.tokens) / ((long.tokens - short.tokens) or 1.0)))
     return {
         f"{thorough}, cut short": cut_short(slow, tokens),
         f"{thorough} or {brief}, by lot": mixed(long, short, share),

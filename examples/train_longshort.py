@@ -84,9 +84,9 @@ def main(config: Config) -> None:
         }
         pool = opponent_pool(trainer, "long", "short")
     controls = for_same_tokens(runs, "trained", thorough="long alone", brief="short alone")
-    show_results(runs, test, console, baseline="long alone", controls=controls, results=config.output / "results.json")
     rounds = path(trainer.rounds, "long", "short")
     show_pool(pool, rounds, ("long", "short"), summarise(runs["long alone"]), console, folder=config.output)
+    show_results(runs, test, console, baseline="long alone", controls=controls, results=config.output / "results.json")
 
 
 if __name__ == "__main__":

@@ -124,11 +124,13 @@ class Trainer:
         self.rounds = parse_rounds(settings.rounds or "+".join(policies), settings.steps, tuple(policies))
         self._check()
         self.steps = self.rounds[-1].end
-        claim(self.folder, self._run())
         self.engines = {
             name: TransformersEngine.load(policy.model, device=device, dtype=torch.float32)
             for name, policy in policies.items()
         }
+        claim(
+            self.folder, self._run()
+        )  # not before the models are there: a slip in a path would leave the folder taken
         self._learners = {name: self._learner(name, policy) for name, policy in policies.items()}
         self._done = -1
         self._base: tuple[float, float] | None = None
@@ -173,8 +175,6 @@ class Trainer:
         episodes = self._play(step)
         groups = self._groups(episodes)
         paid = [self.protocol.rewards(group, step) for group in groups]
-        if not groups:
-            raise InputError(f"all {len(episodes)} episodes of step {step} failed; the first: {episodes[0].error}")
         control = self.protocol.control_states
         figures = training_figures(groups, paid, control)
         figures["failed"] = float(len(episodes) - sum(map(len, groups)))
@@ -286,7 +286,7 @@ class Trainer:
         if not path.exists():
             return
         try:
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, weights_only=True, map_location="cpu")
         except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
             raise InputError(
                 f"{path} must be a whole checkpoint, and is damaged ({type(error).__name__}): remove it, and the run "
@@ -345,6 +345,8 @@ class Trainer:
             if not policy.seats or (strange := [seat for seat in policy.seats if seat not in seats]):
                 got = strange if policy.seats else "none"
                 raise InputError(f"policy {name!r} must fill seats of this protocol, of {list(seats)}; got {got}")
+        if strange := [seat for seat in self._partners if seat not in seats]:
+            raise InputError(f"partners must fill seats of this protocol, of {list(seats)}; got {strange}")
         if wrong := [seat for seat in seats if filled.count(seat) != 1]:
             raise InputError(
                 f"each seat must be filled once, by a policy or a partner; seat(s) {wrong} are filled "

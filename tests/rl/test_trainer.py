@@ -619,6 +619,12 @@ def test_what_cannot_be_trained(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_partner_for_no_seat(tmp_path: Path) -> None:
+    partners = {"judge": ScriptedAgent(["fine"])}
+    with pytest.raises(InputError, match=r"^partners must fill seats .* of \['long', 'short'\]; got \['judge'\]$"):
+        Trainer(PROTOCOL, POLICIES, TRAIN, TEST, SETTINGS, tmp_path / "run", partners=partners)
+
+
 def test_a_seat_that_a_policy_and_a_partner_fill(tmp_path: Path) -> None:
     partners = {"short": ScriptedAgent(["<answer>"])}
     with pytest.raises(InputError, match=r"seat\(s\) \['short'\] are filled \[2\] times$"):
