@@ -9,7 +9,7 @@ from turnwise.environments.errors import InputError
 class Round:
     """Training steps in which the policies in `trains` learn, and the others are frozen partners.
 
-    `end` is the number of the first step (from 0) that is no longer in the round.
+    Rounds and steps are counted from 1; `end` is the last step of the round.
     """
 
     number: int
