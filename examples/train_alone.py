@@ -2,8 +2,8 @@
 
     python examples/train_alone.py
 
-The reward is that of `train_longshort.py`, the model its long-thought one. Expect its checks to go, and a third or more
-of its tokens.
+The reward is that of `train_longshort.py` without its format term, the model its long-thought one. Expect its checks to
+go, and some 30% of its tokens.
 """
 
 from pathlib import Path

@@ -28,7 +28,7 @@ from turnwise.protocols.long_short import TAGS, LongShort
 from turnwise.protocols.rewards import Correctness, Format, RewardSum, Schedule, Weighted
 from turnwise.protocols.solo import Solo
 from turnwise.rl.learner import LearnerSettings
-from turnwise.rl.opponent_pool import opponent_pool, path
+from turnwise.rl.opponent_pool import cells_played, opponent_pool
 from turnwise.rl.summary import summarise
 from turnwise.rl.trainer import Policy, Trainer, TrainingSettings
 
@@ -84,7 +84,7 @@ def main(config: Config) -> None:
         }
         pool = opponent_pool(trainer, "long", "short")
     controls = for_same_tokens(runs, "trained", thorough="long alone", brief="short alone")
-    rounds = path(trainer.rounds, "long", "short")
+    rounds = cells_played(trainer.rounds, "long", "short")
     show_pool(pool, rounds, ("long", "short"), summarise(runs["long alone"]), console, folder=config.output)
     show_results(runs, test, console, baseline="long alone", controls=controls, results=config.output / "results.json")
 

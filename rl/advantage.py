@@ -27,7 +27,7 @@ Grouping = Literal["seat", "turn", "pooled"]
 
 
 def mean_centred(rewards: Rewards, groups: Groups) -> Rewards:
-    """A = r − mean. Dr. GRPO (arXiv 2503.20783, §3.2), and what both papers' best runs use (Thinkless §3.2)."""
+    """A = r − mean. Dr. GRPO (arXiv 2503.20783, §3.2), and Thinkless (arXiv 2505.13379, §3.2)."""
     return rewards - _means(rewards, groups)
 
 

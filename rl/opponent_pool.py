@@ -45,7 +45,7 @@ def weights_by_round(folder: str | Path, policy: str) -> Sequence[Path]:
     return [found[number] for number in sorted(found)]
 
 
-def path(rounds: Sequence[Round], policy: str, other: str) -> list[tuple[int, int]]:
+def cells_played(rounds: Sequence[Round], policy: str, other: str) -> list[tuple[int, int]]:
     """The (row, column) of the pool that were partners: before training, and after each round."""
     places = [(0, 0)]
     for now in rounds:

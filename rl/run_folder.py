@@ -42,8 +42,9 @@ def read_run(folder: str | Path) -> dict[str, str | int | float]:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a draft's path, then puts the draft in the place of `path`, a file or a folder, in one move.
+    """Calls `write` with a draft's path, then puts the draft in the place of `path`, a file or a folder.
 
+    A file is replaced in one move; of a folder the old one goes first, and a kill in between leaves the draft alone.
     Raises InputError where it cannot be written; what stood at `path` is then untouched.
     """
     draft = _draft(path)

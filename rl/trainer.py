@@ -128,9 +128,8 @@ class Trainer:
             name: TransformersEngine.load(policy.model, device=device, dtype=torch.float32)
             for name, policy in policies.items()
         }
-        claim(
-            self.folder, self._run()
-        )  # not before the models are there: a slip in a path would leave the folder taken
+        # Not before the models are there: a slip in their path would leave the folder taken.
+        claim(self.folder, self._run())
         self._learners = {name: self._learner(name, policy) for name, policy in policies.items()}
         self._done = -1
         self._base: tuple[float, float] | None = None

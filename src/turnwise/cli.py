@@ -42,7 +42,7 @@ def run(main: Callable[..., None]) -> None:
     """Runs a script's `main` with its flags. What a user must mend is one line on stderr, and exit code 2."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
-    _told(app)
+    _tell_faults(app)
 
 
 def run_configured(main: Callable[[C], None], config: type[C]) -> None:
@@ -59,7 +59,7 @@ def run_configured(main: Callable[[C], None], config: type[C]) -> None:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one a file would drown the line of training
         main(settings)
 
-    _told(configured)
+    _tell_faults(configured)
 
 
 def read_config(config: type[C], arguments: list[str]) -> C:
@@ -81,7 +81,7 @@ def read_config(config: type[C], arguments: list[str]) -> C:
             raise InputError(f"--config must name a TOML file; {known.config} cannot be read: {error}") from None
 
     class Settings(BaseSettings, config):  # type: ignore[misc, valid-type]
-        __doc__ = config.__doc__
+        __doc__ = f"{config.__doc__} --config FILE reads settings from a TOML file; the other flags go over them."
         model_config = SettingsConfigDict(
             nested_model_default_partial_update=True, case_sensitive=True, cli_hide_none_type=True,
             cli_avoid_json=True, cli_implicit_flags=True, cli_kebab_case=True, cli_exit_on_error=False,
@@ -103,7 +103,8 @@ def read_config(config: type[C], arguments: list[str]) -> C:
     return config(**{name: getattr(read, name) for name in config.model_fields})
 
 
-def _told(command: Callable[[], None]) -> None:
+def _tell_faults(command: Callable[[], None]) -> None:
+    """Runs a command; what a user must mend is one line on stderr, and exit code 2."""
     try:
         command()
     except InputError as error:
@@ -260,7 +261,7 @@ def train_shown(trainer: "Trainer", console: Console) -> None:
         task = progress.add_task("", total=trainer.steps)
         for report in trainer.train():
             if report.evaluation is not None:
-                console.print(f"step {report.step:>4}  {_told_of(report.evaluation)}", highlight=False)
+                console.print(f"step {report.step:>4}  {_in_words(report.evaluation)}", highlight=False)
             if report.collapsed != alarmed and (alarmed := report.collapsed):
                 warning = f"step {report.step:>4}  only {alarmed} is chosen: the other modes are no longer tried"
                 console.print(Text(warning, style="red"))
@@ -272,7 +273,7 @@ def train_shown(trainer: "Trainer", console: Console) -> None:
             progress.update(task, completed=report.step)
 
 
-def _told_of(summary: Summary) -> str:
+def _in_words(summary: Summary) -> str:
     low, high = summary.interval
     told = f"{summary.accuracy:.1%} right ({low:.1%} to {high:.1%}) in {summary.tokens:.1f} tokens"
     return told if summary.think_share is None else f"{told}, thinks {summary.think_share:.0%}"

@@ -10,7 +10,7 @@ from turnwise.environments.errors import InputError
 from turnwise.environments.problem import Problem
 from turnwise.protocols.long_short import LongShort
 from turnwise.rl.learner import LearnerSettings
-from turnwise.rl.opponent_pool import opponent_pool, path, weights_by_round
+from turnwise.rl.opponent_pool import cells_played, opponent_pool, weights_by_round
 from turnwise.rl.rounds import parse_rounds
 from turnwise.rl.summary import Summary
 from turnwise.rl.trainer import Policy, Trainer, TrainingSettings
@@ -28,14 +28,14 @@ class Boxed(Grader):
 def test_the_path_of_the_papers_rounds_as_literals() -> None:
     rounds = parse_rounds("long long short long short long", 30, POLICIES)
     walked = [(0, 0), (1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (4, 2)]
-    assert path(rounds, "long", "short") == walked
-    assert path(rounds, "short", "long") == [(row, column) for column, row in walked]
+    assert cells_played(rounds, "long", "short") == walked
+    assert cells_played(rounds, "short", "long") == [(row, column) for column, row in walked]
 
 
 def test_the_path_of_rounds_of_both_is_the_diagonal_and_third_parties_do_not_move_it() -> None:
-    assert path(parse_rounds("long+short long+short", 2, POLICIES), "long", "short") == [(0, 0), (1, 1), (2, 2)]
+    assert cells_played(parse_rounds("long+short long+short", 2, POLICIES), "long", "short") == [(0, 0), (1, 1), (2, 2)]
     rounds = parse_rounds("judge long judge+short", 2, (*POLICIES, "judge"))
-    assert path(rounds, "long", "short") == [(0, 0), (0, 0), (1, 0), (1, 1)]
+    assert cells_played(rounds, "long", "short") == [(0, 0), (0, 0), (1, 0), (1, 1)]
 
 
 def test_every_round_with_every_round_and_on_the_path_what_was_evaluated_then(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_every_round_with_every_round_and_on_the_path_what_was_evaluated_then(tm
     after = weights(trainer)
     pool = opponent_pool(trainer, "long", "short")
     assert [len(row) for row in pool] == [2, 2]
-    walked = [pool[row][column] for row, column in path(trainer.rounds, "long", "short")]
+    walked = [pool[row][column] for row, column in cells_played(trainer.rounds, "long", "short")]
     assert figures(walked) == figures(evaluated)
     assert len({str(figures([cell])) for row in pool for cell in row}) == 4, "the cells must be told apart"
     turned = opponent_pool(trainer, "short", "long")
