@@ -195,7 +195,7 @@ def _load_file(path: Path) -> Dataset:
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty; it should hold at least one problem")
     # In memory, with a cache that goes away: the cache of `datasets` is for what was downloaded.
-    with TemporaryDirectory() as cache, _quiet_datasets():
+    with TemporaryDirectory() as cache, quiet_datasets():
         try:
             return load_dataset(
                 _FORMATS[path.suffix],
@@ -209,8 +209,8 @@ def _load_file(path: Path) -> Dataset:
 
 
 @contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Without what `datasets` prints while it reads a local file: where it fails, our error says it in one line."""
+def quiet_datasets() -> Iterator[None]:
+    """Without what `datasets` prints while it reads or writes a file: where it fails, our error says it in one line."""
     logger = logging.getLogger("datasets")
     level, hidden = logger.level, are_progress_bars_disabled()
     logger.setLevel(logging.CRITICAL)

@@ -1,19 +1,26 @@
 """What the tiny models are taught: arithmetic conversations, played through the very protocols they will meet."""
 
+import json
 import random
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby, pairwise
 
 from turnwise.agents.chat import ChatTemplate
 from turnwise.environments.arithmetic import PROBLEM_SETS, Chain, apply, generate, parse_chain
 from turnwise.environments.problem import Problem
-from turnwise.environments.transcript import Reply, Step, Transcript, Turn
-from turnwise.protocols.long_short import SHORT_INSTRUCTION, LongShort
+from turnwise.environments.transcript import Turn
+from turnwise.protocols.graph import GraphProtocol, State, TurnGraph
+from turnwise.protocols.long_short import LONG_INSTRUCTION, SHORT_INSTRUCTION, LongShort
 from turnwise.protocols.protocol import ReasoningProtocol
+from turnwise.protocols.rewards import Correctness, RewardSum
 from turnwise.protocols.solo import Solo
 from turnwise.protocols.thinkless import Thinkless
-from turnwise.rl.trajectory import TokenSequence, join_turns
+from turnwise.rl.cold_start.completion import UNWRITTEN
+from turnwise.rl.demonstrations import Conversation, demonstrate, tokenised
+from turnwise.rl.trajectory import TokenSequence
 
 Speaker = Callable[[Turn, Chain, int, random.Random], tuple[str, int]]
 """Says a turn about a chain of which so many steps are done: the text, and how many are done after it."""
@@ -102,6 +109,16 @@ def say_together(turn: Turn, chain: Chain, done: int, rng: random.Random) -> tup
     return opening + marks(chain, done, now) + closing, now
 
 
+def say_interrupted(turn: Turn, chain: Chain, done: int, rng: random.Random) -> tuple[str, int]:
+    """A long answer whose thought is broken off behind any of its paragraphs, or before the first; then the answer."""
+    thought, _, answer = think_through(chain, rng).partition("</think>")
+    if turn.seat == "solver":
+        return answer, len(chain.steps)
+    paragraphs = thought.split("\n\n")
+    said = rng.randrange(len(paragraphs))
+    return "<think>" + "".join(f"{paragraph}\n\n" for paragraph in paragraphs[:said]), done
+
+
 @dataclass(frozen=True, slots=True)
 class Lesson:
     """One kind of conversation: how often it is taught, who says what, which seats learn from it, at which levels."""
@@ -115,7 +132,16 @@ class Lesson:
 
 ALONE_LONG, ALONE_SHORT = Solo("long"), Solo("short", stops=("</answer>",))
 # Told of a partner that has not spoken, as where a gate leaves the dialogue shut.
+UNAIDED_LONG = Solo("long", instruction=LONG_INSTRUCTION)
 UNAIDED_SHORT = Solo("short", instruction=SHORT_INSTRUCTION, stops=("</answer>",))
+INTERRUPTED = GraphProtocol(
+    TurnGraph(
+        seats={"thinker": "", "solver": ""},
+        start="think",
+        states={"think": State(seat="thinker", then="answer"), "answer": State(seat="solver", prefill="</think>")},
+    ),
+    RewardSum((Correctness(),)),
+)
 ROUTED, BRIEF = Thinkless(), Thinkless(mode="short")
 TOGETHER, CUT_SHORT = LongShort(), LongShort(max_turns=2)
 
@@ -129,6 +155,13 @@ LESSONS = {
         Lesson(0.15, ALONE_SHORT, say_alone, ("short",), SHORT_LEVELS),
         Lesson(0.10, UNAIDED_SHORT, say_alone, ("short",), SHORT_LEVELS),
         Lesson(0.25, BRIEF, say_alone, ("solver",), SHORT_LEVELS),
+    ),
+    "novice": (
+        Lesson(0.15, ALONE_LONG, say_alone, ("long",), LEVELS),
+        Lesson(0.10, UNAIDED_LONG, say_alone, ("long",), LEVELS),
+        Lesson(0.15, ALONE_SHORT, say_alone, ("short",), SHORT_LEVELS),
+        Lesson(0.10, UNAIDED_SHORT, say_alone, ("short",), SHORT_LEVELS),
+        Lesson(0.50, INTERRUPTED, say_interrupted, ("solver",), LEVELS),
     ),
     "long": (
         Lesson(0.5, ALONE_LONG, say_alone, ("long",), LEVELS),
@@ -148,30 +181,16 @@ LESSONS = {
 }
 
 
-def converse(
-    protocol: ReasoningProtocol, problem: Problem, say: Speaker, rng: random.Random
-) -> list[tuple[Turn, Reply]]:
-    """A conversation through the protocol itself, so that the models learn exactly what they will meet."""
-    transcript, chain, done, said = Transcript(problem), parse_chain(problem), 0, list[tuple[Turn, Reply]]()
-    while turns := protocol.next_turns(transcript):
-        (turn,) = turns
+def converse(protocol: ReasoningProtocol, problem: Problem, say: Speaker, rng: random.Random) -> Conversation:
+    """A conversation about an arithmetic problem, as `say` would have it."""
+    chain, done = parse_chain(problem), 0
+
+    def next_text(turn: Turn) -> str:
+        nonlocal done
         text, done = say(turn, chain, done, rng)
-        stop = next((tag for tag in turn.stops if text.endswith(tag)), None)
-        reply = Reply(text, 0, "stop" if stop else "end", stop)
-        said.append((turn, reply))
-        transcript = transcript.extended(Step(turn.seat, turn.state, reply, turn.prefill))
-    return said
+        return text
 
-
-def tokenised(said: list[tuple[Turn, Reply]], template: ChatTemplate, seats: tuple[str, ...]) -> list[TokenSequence]:
-    """What `seats` said, as training sequences; a turn that no closing tag ended is taught its end of sequence."""
-    turns = []
-    for turn, reply in said:
-        if turn.seat in seats:
-            token_ids = template.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
-            ending = [] if reply.stop else [template.tokenizer.eos_token_id]
-            turns.append((template.prompt(turn), [*token_ids, *ending]))
-    return join_turns(turns)
+    return demonstrate(protocol, problem, next_text)
 
 
 def lessons(role: str, template: ChatTemplate, seed: int) -> Iterator[TokenSequence]:
@@ -192,3 +211,45 @@ def _problems(levels: tuple[int, ...], seed: int) -> Iterator[Problem]:
         stream = generate("train", levels=levels, seed=1000 * seed + round_)
         yield from (next(stream) for _ in range(2000))
         round_ += 1
+
+
+def complete_by_rule(problems: Iterable[Problem]) -> Callable[[Turn, int], str]:
+    """A script that writes the short thoughts of arithmetic chains, in place of the papers' large language model.
+
+    It reads what such a model would, the request of `turnwise.rl.cold_start.completion`. The steps that a long thought
+    shows are done by it; those up to the next one are shared out over the calculations in between.
+    """
+    known = {problem.statement: parse_chain(problem) for problem in problems}
+
+    def script(turn: Turn, seed: int) -> str:
+        question, _, outline = turn.messages[0].text.partition("Problem:\n")[2].partition("\n\nOutline:\n")
+        entries = [(int(number), kind, text) for number, kind, text in _ENTRY.findall(outline)]
+        return json.dumps(_contents(known[question], entries), ensure_ascii=False)
+
+    return script
+
+
+_ENTRY = re.compile(r"^(\d+)\. \[(.*?)\] (.*?)(?=\n\d+\. \[|\Z)", re.DOTALL | re.MULTILINE)
+_STEP = re.compile(r"Now (\d)([-+×])(\d)=")
+
+
+def _contents(chain: Chain, entries: Sequence[tuple[int, str, str]]) -> dict[int, str]:
+    befores = [chain.start, *chain.digits]
+    steps = [(str(before), sign, str(operand)) for before, (sign, operand) in zip(befores, chain.steps, strict=False)]
+    contents, done, shown = dict[int, str](), 0, [_STEP.findall(text) for _, _, text in entries]
+    for unwritten, group in groupby(range(len(entries)), key=lambda place: entries[place][2] == UNWRITTEN):
+        places = list(group)
+        ahead = [step for found in shown[places[-1] + 1 if unwritten else places[0] :] for step in found]
+        start = steps.index(ahead[0], done) if ahead and ahead[0] in steps[done:] else len(steps)
+        if unwritten:
+            calculations = [place for place in places if entries[place][1] == "calculation"] or places[:1]
+            cuts = [done + (start - done) * part // len(calculations) for part in range(len(calculations) + 1)]
+            for place in places:
+                number, kind, _ = entries[place]
+                contents[number] = f"\\boxed{{{chain.digits[-1]}}}" if kind == "final answer" else "good"
+            for place, (first, last) in zip(calculations, pairwise(cuts), strict=True):
+                contents[entries[place][0]] = marks(chain, first, last).strip() or "good"
+            done = start
+        elif any(shown[place] for place in places):
+            done = start + sum(len(shown[place]) for place in places)
+    return contents

@@ -1,95 +1,48 @@
 """An append-only store of episodes that survives a kill and a full disk."""
 
-import fcntl
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self, TypeVar
 
 import orjson
 
 from turnwise.environments.environment import Grade, Outcome
 from turnwise.environments.episode import Episode
-from turnwise.environments.errors import InputError
 from turnwise.environments.problem import Problem
 from turnwise.environments.transcript import Reply, Step, Transcript
-from turnwise.rl.run_folder import Run, claim
+from turnwise.rl.journal import Journal, read_lines
+from turnwise.rl.run_folder import Run
 
-T = TypeVar("T")
 
-
-class EpisodeStore:
+class EpisodeStore(Journal):
     """A folder with `run.json`, which says what run it holds, and `episodes.jsonl`, one episode a line.
 
-    Each episode is appended whole, in one write. A line that a kill or a full disk left torn is cut off when the store
-    is next opened, and its episode is played again. An episode that failed may be appended a second time: the last
-    one counts.
-
-    Raises InputError where the folder holds another run or something else, where another process is writing to it, and
-    where an episode cannot be written; those before it are safe.
+    An episode whose line was torn is played again. An episode that failed may be appended a second time: the last one
+    counts. `ids` are those of the episodes that did not fail.
     """
 
     def __init__(self, folder: str | Path, run: Run) -> None:
-        self.folder = Path(folder)
-        claim(self.folder, run)
-        self._path = self.folder / "episodes.jsonl"
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        super().__init__(folder, run, "episodes.jsonl")
         try:
-            self._lock()
-            self._size = _whole_lines(self._file)
-            os.ftruncate(self._file, self._size)
-            self.ids = {id for id, error in _read(self._path, _identify) if error is None}
+            self.ids = {id for id, error in read_lines(self.path, _identify) if error is None}
         except BaseException:
-            os.close(self._file)
+            self.close()
             raise
 
     def append(self, episode: Episode) -> None:
         """Writes one episode."""
-        line = encode(episode) + b"\n"
-        try:
-            written = os.write(self._file, line)
-            while written < len(line):
-                written += os.write(self._file, line[written:])
-        except OSError as error:
-            os.ftruncate(self._file, self._size)
-            raise InputError(
-                f"cannot write to {self._path}: {error.strerror}; {len(self.ids)} episodes are safe: "
-                "make room and run the same command again"
-            ) from error
-        self._size += len(line)
+        self.write(encode(episode))
         if episode.error is None:
             self.ids.add(episode.id)
 
     def __iter__(self) -> Iterator[Episode]:
         """Every episode, in the order in which they ended; of one that was played again, the last."""
-        latest = {id: line for line, (id, _) in enumerate(_read(self._path, _identify))}
-        return (e for line, e in enumerate(read_episodes(self._path)) if latest[e.id] == line)
-
-    def close(self) -> None:
-        """Gives the folder back."""
-        os.close(self._file)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"another process is writing to {self.folder}; wait for it or choose another folder"
-            ) from None
+        latest = {id: line for line, (id, _) in enumerate(read_lines(self.path, _identify))}
+        return (e for line, e in enumerate(read_episodes(self.path)) if latest[e.id] == line)
 
 
 def read_episodes(path: str | Path) -> Iterator[Episode]:
     """The episodes of an `episodes.jsonl`, one at a time. Raises InputError, with the line, for a damaged one."""
-    return _read(path, decode)
+    return read_lines(path, decode)
 
 
 def encode(episode: Episode) -> bytes:
@@ -142,30 +95,7 @@ def decode(line: bytes) -> Episode:
     return Episode(Transcript(problem, tuple(steps)), record["sample"], record["seed"], grade, record["error"])
 
 
-def _read(path: str | Path, parse: Callable[[bytes], T]) -> Iterator[T]:
-    with Path(path).open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield parse(line)
-            except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-                if not line.endswith(b"\n"):
-                    return
-                raise InputError(f"line {number} of {path} is damaged: {error}; remove that line") from None
-
-
 def _identify(line: bytes) -> tuple[str, str | None]:
     """Id and error alone: to open a large store, its token ids need not be made into tuples."""
     record = orjson.loads(line)
     return record["id"], record["error"]
-
-
-def _whole_lines(file: int) -> int:
-    """The number of bytes up to the end of the last whole line."""
-    end = os.lseek(file, 0, os.SEEK_END)
-    while end > 0:
-        start = max(0, end - 65536)
-        newline = os.pread(file, end - start, start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-        end = start
-    return 0

@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from datasets import Dataset, Features, List, Value  # type: ignore[import-untyped]
 from datasets.exceptions import DatasetGenerationError  # type: ignore[import-untyped]
 
+from turnwise.environments.benchmarks import quiet_datasets
 from turnwise.rl.episode_store import read_episodes
 
 _OF_PROBLEM = {
@@ -45,7 +46,7 @@ def export_parquet(folder: str | Path, path: str | Path) -> int:
     """
     path = Path(path)
     draft = path.with_name(path.name + ".draft")
-    with TemporaryDirectory() as cache:
+    with TemporaryDirectory() as cache, quiet_datasets():
         try:
             table = Dataset.from_generator(
                 _rows, features=FEATURES, cache_dir=cache, gen_kwargs={"episodes": Path(folder) / "episodes.jsonl"}

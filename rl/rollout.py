@@ -1,7 +1,8 @@
 """Plays many episodes at once, each moving on as soon as its own reply is there."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from turnwise.agents.agent import Agent
 from turnwise.environments.environment import Environment, Grader
@@ -14,6 +15,17 @@ from turnwise.protocols.protocol import ReasoningProtocol
 from turnwise.rl.episode_store import EpisodeStore
 
 Team = Mapping[str, Agent]
+
+
+class Store(Protocol):
+    """Where episodes are kept as they end, and by whose ids those that are there already are known."""
+
+    @property
+    def ids(self) -> Container[str]:
+        """The ids of the episodes that need not be played again."""
+
+    def append(self, episode: Episode) -> None:
+        """Keeps one episode."""
 
 
 async def play_episode(
@@ -67,7 +79,7 @@ async def rollout(
     samples: int = 1,
     seed: int = 0,
     concurrency: int = 64,
-    store: EpisodeStore | None = None,
+    store: Store | None = None,
     max_failed_share: float = 0.1,
 ) -> AsyncGenerator[Episode, None]:
     """Plays each problem `samples` times and yields the episodes as they end, `concurrency` of them at a time.
@@ -148,8 +160,8 @@ def check_team(protocol: ReasoningProtocol, team: Team) -> None:
         raise InputError(f"no agent for seat(s) {missing}; the team has {sorted(team)}")
 
 
-def _unplayed(environment: Environment, samples: int, store: EpisodeStore | None) -> Iterator[tuple[Problem, int]]:
-    played = store.ids if store is not None else frozenset[str]()
+def _unplayed(environment: Environment, samples: int, store: Store | None) -> Iterator[tuple[Problem, int]]:
+    played: Container[str] = store.ids if store is not None else frozenset()
     for problem in environment.problems:
         for sample in range(samples):
             if f"{problem.id}#{sample}" not in played:
