@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from turnwise.agents.transformers_cache import KeyValues, Stored
+from turnwise.agents.transformers_cache import SHORTEST_PREFIX, Ids, KeyValues, Stored, common
 from turnwise.agents.transformers_sampling import Sampler, StopMatcher
 from turnwise.environments.transcript import Finish
 
@@ -25,7 +25,7 @@ PREFILL_TOKENS = 2048
 class Row:
     """A reply that is being sampled."""
 
-    prompt: list[int]
+    prompt: Ids
     matcher: StopMatcher
     budget: int
     seed: int
@@ -60,7 +60,7 @@ class Batch:
 
     def __init__(self, engine: "TransformersEngine", loop: asyncio.AbstractEventLoop) -> None:
         self.waiting: deque[Row] = deque()
-        self._joining: list[tuple[Row, Stored | None]] = []
+        self._joining: list[Row] = []
         self._rows: list[Row] = []
         self._stale = True
         self._engine = engine
@@ -76,7 +76,7 @@ class Batch:
                 # Replies are handed out here, and the turns that follow them come in.
                 await asyncio.sleep(0)
         except Exception as error:
-            for row in (*self._rows, *(row for row, _ in self._joining), *self.waiting):
+            for row in (*self._rows, *self._joining, *self.waiting):
                 if not row.future.done():
                     row.future.set_exception(error)
         finally:
@@ -102,18 +102,41 @@ class Batch:
             row = self.waiting.popleft()
             if not row.future.done():
                 row.version = self._engine.version
-                self._joining.append((row, self._engine.prefixes.longest(row.prompt)))
+                self._joining.append(row)
         if self._joining:
-            columns = 1 + max(len(row.prompt) for row, _ in self._joining)
+            columns = 1 + max(len(row.prompt) for row in self._joining)
             self._cache.reserve(len(self._rows) + len(self._joining), columns)
-        # Alike lengths together, since the rest is padding.
-        self._joining.sort(key=_new_tokens)
         while self._joining:
-            count = max(1, PREFILL_TOKENS // _new_tokens(self._joining[-1]))
-            self._prefill(self._joining[-count:])
-            del self._joining[-count:]
+            ready, later = self._ready()
+            ready.sort(key=_new_tokens)
+            while ready:
+                # Alike lengths together, since the rest is padding: most of all where a row shares all but one token.
+                width = _new_tokens(ready[-1])
+                alike = [pair for pair in ready if 4 * _new_tokens(pair) >= width]
+                alike = alike[-max(1, PREFILL_TOKENS // width) :]
+                self._prefill(alike)
+                del ready[-len(alike) :]
+            self._joining = later
 
-    def _prefill(self, joining: Sequence[tuple[Row, Stored | None]]) -> None:
+    def _ready(self) -> tuple[list[tuple[Row, Stored]], list[Row]]:
+        """The joining rows to compute now, with what is kept of them, and those that will share what these compute."""
+        prefixes = self._engine.prefixes
+        ready: list[tuple[Row, Stored]] = []
+        later = []
+        shared: Ids = np.empty(0, dtype=np.int32)
+        # In this order a prompt comes after those that it begins, and has most in common with the last one shared.
+        for row in sorted(self._joining, key=lambda row: row.prompt.tobytes(), reverse=True):
+            stored = prefixes.longest(row.prompt)
+            known = len(row.prompt) - _new_tokens((row, stored))
+            if common(shared, row.prompt) - known >= SHORTEST_PREFIX:
+                later.append(row)
+            else:
+                ready.append((row, stored))
+                if len(row.prompt) <= prefixes.limit:
+                    shared = row.prompt
+        return ready, later
+
+    def _prefill(self, joining: Sequence[tuple[Row, Stored]]) -> None:
         first = len(self._rows)
         width = max(_new_tokens(pair) for pair in joining)
         columns = max(len(row.prompt) for row, _ in joining)
@@ -124,8 +147,7 @@ class Batch:
             end, new = len(row.prompt), _new_tokens((row, stored))
             tokens[index, width - new :] = row.prompt[end - new :]
             positions[index, width - new :] = np.arange(end - new, end)
-            if stored is not None:
-                self._cache.load(first + index, stored)
+            self._cache.load(first + index, stored)
             self._engine.prompt_tokens += end
             self._engine.prefix_tokens_reused += end - new
         plain = bool((positions[:, 0] == 0).all())
@@ -133,6 +155,9 @@ class Batch:
         rows = [row for row, _ in joining]
         self._rows.extend(rows)
         self._stale = True
+        for index, (row, stored) in enumerate(joining, start=first):
+            if _new_tokens((row, stored)) >= SHORTEST_PREFIX:
+                self._keep(index, row.prompt)
         counts = torch.zeros(len(rows), dtype=torch.long, device=self._device)
         self._take(first, *self._sampler_of(rows)(logits, counts))
 
@@ -205,18 +230,23 @@ class Batch:
 
     def _leave(self, index: int) -> None:
         self._stale = True
-        row, last = self._rows[index], self._rows.pop()
-        prefixes = self._engine.prefixes
+        row = self._rows[index]
         if not row.future.done():
-            if row.version == self._engine.version and row.fed <= prefixes.limit:
-                prefixes.put((row.prompt + row.ids)[: row.fed], self._cache.copy(index, row.fed))
+            self._keep(index, np.append(row.prompt, np.array(row.ids[:-1], dtype=np.int32)))
             row.future.set_result(None)
+        last = self._rows.pop()
         if last is not row:
             self._rows[index] = last
             self._cache.move(len(self._rows), index, last.fed)
 
+    def _keep(self, index: int, ids: Ids) -> None:
+        """Lets later prompts share the first columns of a row, those of `ids`."""
+        prefixes = self._engine.prefixes
+        if self._rows[index].version == self._engine.version and len(ids) <= prefixes.limit:
+            prefixes.put(ids, self._cache.copy(index, len(ids)))
 
-def _new_tokens(joining: tuple[Row, Stored | None]) -> int:
+
+def _new_tokens(joining: tuple[Row, Stored]) -> int:
     """How much of a row's prompt has to be computed."""
     row, stored = joining
-    return len(row.prompt) - (0 if stored is None else len(stored[0][0]))
+    return len(row.prompt) - (len(stored[0][0]) if stored else 0)

@@ -1,15 +1,21 @@
-"""Keys and values: of the rows that are being decoded, and of the prefixes that a later turn may continue."""
+"""Keys and values: of the rows that are being decoded, and of the sequences whose beginnings later prompts share."""
 
+import bisect
 import itertools
-from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers.cache_utils import Cache
 
+Ids = npt.NDArray[np.int32]
+
 Stored = list[tuple[torch.Tensor, torch.Tensor]]
-"""The keys and values of one sequence, per layer, each of shape [columns, heads, dim]."""
+"""The keys and values of one sequence, per layer, each of shape [columns, heads, dim]; empty where there are none."""
+
+# To share fewer tokens is not worth a mask, let alone a forward pass that others wait for.
+SHORTEST_PREFIX = 16
 
 
 class KeyValues(Cache):
@@ -98,32 +104,52 @@ class KeyValues(Cache):
 
 
 class PrefixStore:
-    """Keys and values of finished rows, by their token ids: at most `limit` tokens, the least recently used leave."""
+    """Keys and values by token ids: at most `limit` tokens, the least recently used leave.
+
+    What is kept is never a prefix of something else that is kept: of two such, the longer one serves.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._kept: OrderedDict[bytes, Stored] = OrderedDict()
-        self._sizes: Counter[int] = Counter()
+        # The same keys in order: what has most in common with a key stands next to it.
+        self._order: list[bytes] = []
         self._tokens = 0
 
-    def put(self, ids: Sequence[int], stored: Stored) -> None:
+    def put(self, ids: Ids, stored: Stored) -> None:
         """Keeps the keys and values of `ids`."""
-        key = np.asarray(ids, dtype=np.int32).tobytes()
-        if key not in self._kept:
-            self._sizes[len(key)] += 1
-            self._tokens += len(ids)
+        key = ids.tobytes()
+        place = bisect.bisect_left(self._order, key)
+        if place < len(self._order) and self._order[place].startswith(key):
+            self._kept.move_to_end(self._order[place])
+            return
+        if place and key.startswith(self._order[place - 1]):
+            self._drop(self._order[place - 1])
+        bisect.insort(self._order, key)
         self._kept[key] = stored
-        self._kept.move_to_end(key)
+        self._tokens += len(ids)
         while self._tokens > self.limit:
-            old, _ = self._kept.popitem(last=False)
-            self._sizes[len(old)] -= 1
-            self._tokens -= len(old) // 4
+            self._drop(next(iter(self._kept)))
 
-    def longest(self, prompt: Sequence[int]) -> Stored | None:
-        """What is kept of the longest proper prefix of `prompt`."""
-        ids = np.asarray(prompt, dtype=np.int32).tobytes()
-        for size in sorted((+self._sizes).keys(), reverse=True):
-            if size < len(ids) and (stored := self._kept.get(key := ids[:size])) is not None:
-                self._kept.move_to_end(key)
-                return stored
-        return None
+    def _drop(self, key: bytes) -> None:
+        del self._kept[key]
+        del self._order[bisect.bisect_left(self._order, key)]
+        self._tokens -= len(key) // 4
+
+    def longest(self, prompt: Ids) -> Stored:
+        """What is kept of the longest prefix of `prompt`, its last token excepted: its logits have to be computed."""
+        place = bisect.bisect_left(self._order, prompt.tobytes())
+        neighbours = self._order[max(0, place - 1) : place + 1]
+        sizes = {common(np.frombuffer(key, np.int32), prompt[:-1]): key for key in neighbours}
+        size = max(sizes, default=0)
+        if size < SHORTEST_PREFIX:
+            return []
+        self._kept.move_to_end(sizes[size])
+        return [(keys[:size], values[:size]) for keys, values in self._kept[sizes[size]]]
+
+
+def common(first: Ids, second: Ids) -> int:
+    """The length of the longest common prefix."""
+    size = min(len(first), len(second))
+    differ = first[:size] != second[:size]
+    return int(differ.argmax()) if differ.any() else size

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -26,13 +27,16 @@ class TransformersEngine:
     where it lies and as it is, so a trainer can hand over the one it trains; it then sets `version`, which also
     forgets the keys and values of the old weights.
 
-    Between the turns of an episode the engine keeps at most `prefix_tokens` tokens' keys and values, and computes only
-    what a prompt adds to what it has kept; 0 keeps none. `prompt_tokens` counts the tokens of all prompts so far, and
-    `prefix_tokens_reused` those of them that it did not compute again. `max_running` bounds the batch.
+    The engine keeps the keys and values of the latest prompts and replies, at most `prefix_tokens` tokens in all, and
+    computes only what a prompt adds to the longest beginning, of 16 tokens or more, that it shares with one of them:
+    with earlier turns of its episode, or with other samples of the same prompt, also when they are asked for at once.
+    What is longer than `prefix_tokens` is not kept, so 0 shares nothing. `prompt_tokens` counts the tokens of all
+    prompts so far, and `prefix_tokens_reused` those of them that it did not compute again. `max_running` bounds the
+    batch.
 
     A reply's seed alone decides its random numbers, but not the last bits of its logits: matrix products round
-    differently in batches of different sizes. In float32 that moves log-probabilities by about 1e-6, and a sampled
-    token once in about a million; in bfloat16, far more often.
+    differently in batches of different sizes, and where a prefix was computed apart. In float32 that moves
+    log-probabilities by about 1e-6, and a sampled token once in about a million; in bfloat16, far more often.
 
     Raises `InputError` for a tokenizer that `ChatTemplate` refuses, and for a model with other than full attention.
     """
@@ -130,7 +134,8 @@ class TransformersEngine:
         if max_tokens < 1:
             raise ValueError(f"a turn must have room for at least 1 token; max_tokens is {max_tokens}")
         future = asyncio.get_running_loop().create_future()
-        row = Row(list(prompt), self._matcher(stops), min(max_tokens, room), seed, temperature, top_p, future)
+        ids = np.array(prompt, dtype=np.int32)
+        row = Row(ids, self._matcher(stops), min(max_tokens, room), seed, temperature, top_p, future)
         self._join(row)
         await future
         assert row.finish is not None, "a row without an end has no result"
@@ -142,7 +147,7 @@ class TransformersEngine:
             stop=row.stop,
             token_ids=tuple(row.ids),
             log_probabilities=tuple(row.log_probabilities),
-            prompt_token_ids=tuple(row.prompt),
+            prompt_token_ids=tuple(row.prompt.tolist()),
             tokenizer=self.template.fingerprint,
             model=self.name,
             version=row.version,

@@ -1,11 +1,12 @@
-"""Times the transformers engine against plain `model.generate` with a static batch, and prefix reuse against none.
+"""Times the transformers engine against plain `model.generate` with a static batch, and prefix sharing against none.
 
     python benchmarks/engine.py
 
 The model is a random Qwen2 of 0.7 million parameters in float32, the prompts are 60 to 300 random tokens, and both
 sides sample at temperature 1. "equal" replies have 64 tokens; "mixed" ones 8 to 120, where `generate` goes on to the
 longest of its batch and only the tokens asked for count. Each cell is the median over interleaved repetitions of this
-one run; four times as many replies are asked for as run at once. Take the ratios, and leave the tokens per second to
+one run; four times as many replies are asked for as run at once. The "rollouts" are 16 samples of 32 tokens for each of
+8 growing prefixes of a prompt of 480 tokens, all asked for at once. Take the ratios, and leave the tokens per second to
 the machine they were taken on.
 """
 
@@ -25,6 +26,9 @@ from turnwise.agents.transformers_agent import TransformersEngine
 
 VOCABULARY = 400
 WAVES = 4
+SAMPLES = 16
+STEPS = 8
+STEP_TOKENS = 60
 Request = tuple[list[int], int]
 
 
@@ -70,6 +74,9 @@ def generate(model: Qwen2ForCausalLM, asked: list[Request], running: int) -> Non
 
 
 def sample(engine: TransformersEngine, asked: list[Request]) -> None:
+    """Asks for all at once; nothing is known from an earlier run."""
+    engine.version += 1
+
     async def run() -> None:
         await asyncio.gather(
             *(
@@ -95,6 +102,17 @@ def converse(engine: TransformersEngine, asked: list[Request]) -> None:
         await asyncio.gather(*(episode(seed, prompt) for seed, (prompt, _) in enumerate(asked)))
 
     asyncio.run(run())
+
+
+def rollouts() -> tuple[list[Request], float]:
+    """What the rollouts ask for, and the share of their prompts' tokens that an ideal cache spares.
+
+    It computes each step once, and of every other sample the last token.
+    """
+    prompt = np.random.default_rng(0).integers(0, VOCABULARY, STEPS * STEP_TOKENS).tolist()
+    prefixes = [prompt[: STEP_TOKENS * step] for step in range(1, STEPS + 1) for _ in range(SAMPLES)]
+    total = sum(map(len, prefixes))
+    return [(prefix, 32) for prefix in prefixes], 1 - (len(prompt) + len(prefixes) - STEPS) / total
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -136,6 +154,14 @@ def main() -> None:
         ours, theirs = versus(partial(converse, keeping, asked), partial(converse, plain, asked), arguments.repetitions)
         share = keeping.prefix_tokens_reused / keeping.prompt_tokens
         print(f"{running:7}  {theirs / ours:47.2f} {share:22.0%}")
+    print("\nrunning  rollouts: prefix sharing, speed against none   prompt tokens reused   by an ideal cache")
+    asked, ideal = rollouts()
+    for running in (16, 128):
+        plain = TransformersEngine(model, tokenizer, max_running=running, prefix_tokens=0)
+        keeping = TransformersEngine(model, tokenizer, max_running=running)
+        ours, theirs = versus(partial(sample, keeping, asked), partial(sample, plain, asked), arguments.repetitions)
+        share = keeping.prefix_tokens_reused / keeping.prompt_tokens
+        print(f"{running:7}  {theirs / ours:43.2f} {share:22.1%} {ideal:19.1%}")
 
 
 if __name__ == "__main__":
