@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from turnwise.analysis.control import Control
 from turnwise.environments.episode import Episode
+from turnwise.rl.cold_start.thoughts import Dropped
 from turnwise.rl.summary import Summary, accuracy_efficiency_score, by_level, summarise
 
 
@@ -71,6 +73,19 @@ def equal_tokens(controls: Mapping[str, Control]) -> Table:
         table.add_column(heading, justify="left" if not heading else "right")
     for name, control in controls.items():
         table.add_row(name, f"{control.accuracy:.1%}", f"{control.tokens:.1f}")
+    return table
+
+
+def left_out(dropped: Sequence[Dropped], *, kept: int, title: str = "Chains left out") -> Table:
+    """One row for each stage of a cold start and each reason: how many chains it cost, and the id of the first."""
+    table = Table(title=title, title_justify="left", caption=f"{kept} kept", caption_justify="left")
+    for heading in ("stage", "reason", "chains", "such as"):
+        table.add_column(heading, justify="right" if heading == "chains" else "left")
+    found: dict[tuple[str, str], list[str]] = {}
+    for one in dropped:
+        found.setdefault((one.stage, one.reason), []).append(one.id)
+    for (stage, reason), ids in found.items():
+        table.add_row(stage, escape(reason), str(len(ids)), escape(ids[0]))
     return table
 
 

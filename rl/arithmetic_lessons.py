@@ -1,12 +1,9 @@
 """What the tiny models are taught: arithmetic conversations, played through the very protocols they will meet."""
 
-import json
 import random
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, pairwise
 
 from turnwise.agents.chat import ChatTemplate
 from turnwise.environments.arithmetic import PROBLEM_SETS, Chain, apply, generate, parse_chain
@@ -18,7 +15,6 @@ from turnwise.protocols.protocol import ReasoningProtocol
 from turnwise.protocols.rewards import Correctness, RewardSum
 from turnwise.protocols.solo import Solo
 from turnwise.protocols.thinkless import Thinkless
-from turnwise.rl.cold_start.completion import UNWRITTEN
 from turnwise.rl.demonstrations import Conversation, demonstrate, tokenised
 from turnwise.rl.trajectory import TokenSequence
 
@@ -194,7 +190,7 @@ def converse(protocol: ReasoningProtocol, problem: Problem, say: Speaker, rng: r
 
 
 def lessons(role: str, template: ChatTemplate, seed: int) -> Iterator[TokenSequence]:
-    """An endless stream of training sequences for a role ("base", "long", "short" or "router")."""
+    """An endless stream of training sequences for a role: a key of `LESSONS`."""
     rng = random.Random(f"lessons {role} {seed}")
     taught = LESSONS[role]
     streams = {lesson.levels: _problems(lesson.levels, seed) for lesson in taught}
@@ -211,45 +207,3 @@ def _problems(levels: tuple[int, ...], seed: int) -> Iterator[Problem]:
         stream = generate("train", levels=levels, seed=1000 * seed + round_)
         yield from (next(stream) for _ in range(2000))
         round_ += 1
-
-
-def complete_by_rule(problems: Iterable[Problem]) -> Callable[[Turn, int], str]:
-    """A script that writes the short thoughts of arithmetic chains, in place of the papers' large language model.
-
-    It reads what such a model would, the request of `turnwise.rl.cold_start.completion`. The steps that a long thought
-    shows are done by it; those up to the next one are shared out over the calculations in between.
-    """
-    known = {problem.statement: parse_chain(problem) for problem in problems}
-
-    def script(turn: Turn, seed: int) -> str:
-        question, _, outline = turn.messages[0].text.partition("Problem:\n")[2].partition("\n\nOutline:\n")
-        entries = [(int(number), kind, text) for number, kind, text in _ENTRY.findall(outline)]
-        return json.dumps(_contents(known[question], entries), ensure_ascii=False)
-
-    return script
-
-
-_ENTRY = re.compile(r"^(\d+)\. \[(.*?)\] (.*?)(?=\n\d+\. \[|\Z)", re.DOTALL | re.MULTILINE)
-_STEP = re.compile(r"Now (\d)([-+×])(\d)=")
-
-
-def _contents(chain: Chain, entries: Sequence[tuple[int, str, str]]) -> dict[int, str]:
-    befores = [chain.start, *chain.digits]
-    steps = [(str(before), sign, str(operand)) for before, (sign, operand) in zip(befores, chain.steps, strict=False)]
-    contents, done, shown = dict[int, str](), 0, [_STEP.findall(text) for _, _, text in entries]
-    for unwritten, group in groupby(range(len(entries)), key=lambda place: entries[place][2] == UNWRITTEN):
-        places = list(group)
-        ahead = [step for found in shown[places[-1] + 1 if unwritten else places[0] :] for step in found]
-        start = steps.index(ahead[0], done) if ahead and ahead[0] in steps[done:] else len(steps)
-        if unwritten:
-            calculations = [place for place in places if entries[place][1] == "calculation"] or places[:1]
-            cuts = [done + (start - done) * part // len(calculations) for part in range(len(calculations) + 1)]
-            for place in places:
-                number, kind, _ = entries[place]
-                contents[number] = f"\\boxed{{{chain.digits[-1]}}}" if kind == "final answer" else "good"
-            for place, (first, last) in zip(calculations, pairwise(cuts), strict=True):
-                contents[entries[place][0]] = marks(chain, first, last).strip() or "good"
-            done = start
-        elif any(shown[place] for place in places):
-            done = start + sum(len(shown[place]) for place in places)
-    return contents

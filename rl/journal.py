@@ -7,8 +7,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-import orjson
-
 from turnwise.environments.errors import InputError
 from turnwise.rl.run_folder import Run, claim
 
@@ -79,7 +77,7 @@ def read_lines(path: str | Path, parse: Callable[[bytes], T]) -> Iterator[T]:
         for number, line in enumerate(lines, start=1):
             try:
                 yield parse(line)
-            except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError) as error:  # no JSON at all is a ValueError
                 if not line.endswith(b"\n"):
                     return
                 raise InputError(f"line {number} of {path} is damaged: {error}; remove that line") from None

@@ -1,21 +1,26 @@
 """Data sets for supervised fine-tuning, as Parquet by `datasets`: for `turnwise.rl.sft`, TRL and OpenRLHF alike.
 
-One row is one turn. `input` and `output` are its texts, for OpenRLHF (`--data.input_key input --data.output_key
-output`, without `--data.apply_chat_template`, since `input` is rendered already). `input_ids` and `labels` are its
-exact token ids, and those of them that are trained (-100 elsewhere), which turnwise and TRL take as they are. OpenRLHF
-tokenises the texts anew and appends an end of sequence to every output, even where a closing tag ends the turn.
+One row is one turn of a dialogue, or one answer; one file holds what one model is to learn. `input_ids` and `labels`
+are its exact token ids, and those of them that are trained (-100 elsewhere), which turnwise and TRL take as they are.
+
+`input` and `output` are the same as texts, for OpenRLHF (`--data.input_key input --data.output_key output`, without
+`--data.apply_chat_template`, since `input` is rendered already). It tokenises them anew, which gives the same ids where
+the tags are tokens of the vocabulary, and appends a space and the end of sequence to an output that a closing tag ends.
 """
 
+import errno
+import glob
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from datasets import Dataset, Features, List, Value  # type: ignore[import-untyped]
-from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
+from datasets.exceptions import DatasetGenerationError  # type: ignore[import-untyped]
 
 from turnwise.agents.chat import ChatTemplate
+from turnwise.agents.transformers_sampling import decode
 from turnwise.environments.benchmarks import quiet_datasets
 from turnwise.environments.errors import InputError
 from turnwise.environments.problem import Problem
@@ -47,81 +52,127 @@ def long_short_rows(problem: Problem, dialogue: Sequence[tuple[str, str]], templ
     lines = iter(dialogue)
 
     def say(turn: Turn) -> str:
-        seat, text = next(lines, ("nobody", ""))
+        seat, text = next(lines, ("", ""))
+        if not seat:
+            raise InputError(f"the dialogue of {problem.id!r} ends too early: seat {turn.seat!r} is to speak next")
         if seat != turn.seat:
-            raise InputError(f"it is the turn of seat {turn.seat!r} here, and not of {seat!r}: {text[:60]!r}")
+            raise InputError(f"in {problem.id!r} seat {turn.seat!r} is to speak, but seat {seat!r} does: {text[:60]!r}")
+        for tag in turn.stops:
+            if behind := text.partition(tag)[2]:
+                raise InputError(f"in {problem.id!r} {tag} ends a turn of seat {seat!r}; remove {behind[:60]!r} there")
         return text
 
-    said = demonstrate(LongShort(max_turns=len(dialogue) + 1), problem, say)
-    return [
-        row
-        for place, (turn, reply) in enumerate(said)
-        for row in _rows(f"{problem.id}/{place}", turn.seat, [(turn, reply)], template)
-    ]
+    said = demonstrate(LongShort(max_turns=len(dialogue) + 2), problem, say)
+    for seat, text in lines:
+        raise InputError(f"the dialogue of {problem.id!r} is over before seat {seat!r} says {text[:60]!r}; remove that")
+    return [_row(f"{problem.id}/{place}", [one], template) for place, one in enumerate(said)]
 
 
 def thinkless_rows(problem: Problem, think: str, short: str, template: ChatTemplate) -> list[Row]:
     """Two independent rows: `<think>` and the long answer to a problem, and `<short>` and the brief one.
 
-    `think` is the reasoning, `</think>` and the solution; either text may already begin with its control token.
+    `think` is the reasoning, `</think>` and the solution; either text may already begin with its control token. Raises
+    InputError for texts in which a tag is missing or misplaced, and where a control token is not one token.
     """
+    modes = ("<think>", "<short>")
 
     def answer(mode: str, text: str) -> Row:
         words = text.strip().removeprefix(mode)
+        closings = 1 if mode == "<think>" else 0
+        if not words.strip() or words.count("</think>") != closings or any(other in words for other in modes):
+            raise InputError(
+                f"an answer of Thinkless is `<think> ... </think> solution` or `<short> solution`, without any more of "
+                f"these tags; for {problem.id!r}, {mode} got {text[:60]!r}"
+            )
+        if len(template.tokens(mode)) != 1:
+            raise InputError(
+                f"a control token must be one token of the vocabulary; {mode} is not: call "
+                f"tokenizer.add_tokens(['{mode}']) and model.resize_token_embeddings(len(tokenizer)), and save both"
+            )
         said = demonstrate(Thinkless(), problem, lambda turn: mode if turn.state == "route" else words)
-        (row,) = _rows(f"{problem.id}/{mode}", "solver", said, template)
-        return row
+        return _row(f"{problem.id}/{mode}", said, template)
 
     return [answer("<think>", think), answer("<short>", short)]
 
 
-def _rows(id_: str, seat: str, said: Conversation, template: ChatTemplate) -> list[Row]:
-    """One row for each token sequence that the turns of a seat make up."""
-    rows = list[Row]()
-    for sequence in tokenised(said, template, (seat,)):
-        first = sequence.said[0][0]
-        ids, decode = list(sequence.token_ids), partial(template.tokenizer.decode, skip_special_tokens=False)
-        labels = [token if said else UNTRAINED for token, said in zip(ids, sequence.mask, strict=True)]
-        rows.append(
-            {"id": id_, "seat": seat, "input": decode(ids[:first]), "output": decode(ids[first:])}
-            | {"input_ids": ids, "labels": labels, "tokenizer": template.fingerprint}
-        )
-    return rows
+def paired_rows(pairs: Iterable[tuple[Problem, str, str]], template: ChatTemplate, *, seed: int = 0) -> Iterator[Row]:
+    """The rows of many (problem, think, short): the pairs in an order shuffled by `seed`, each pair's rows together."""
+    order = list(pairs)
+    random.Random(f"pairs {seed}").shuffle(order)
+    for problem, think, short in order:
+        yield from thinkless_rows(problem, think, short, template)
 
 
-def write_set(path: Path, rows: Iterable[Row]) -> int:
-    """Writes rows to a Parquet file, whole or not at all, and returns how many they are; memory does not grow."""
+def _row(id_: str, said: Conversation, template: ChatTemplate) -> Row:
+    """The row of successive turns of one seat, each of which continues the last."""
+    seat = said[0][0].seat
+    (sequence,) = tokenised(said, template, (seat,))
+    ids, first = list(sequence.token_ids), sequence.said[0][0]
+    texts = {"input": decode(template.tokenizer, ids[:first]), "output": decode(template.tokenizer, ids[first:])}
+    labels = [UNTRAINED] * first + ids[first:]
+    return {"id": id_, "seat": seat, **texts, "input_ids": ids, "labels": labels, "tokenizer": template.fingerprint}
+
+
+def write_set(path: str | Path, rows: Iterable[Row]) -> int:
+    """Writes rows to a Parquet file, whole or not at all, and returns how many they are; memory does not grow.
+
+    Raises InputError for no rows at all and for a full disk, and whatever the making of a row raises.
+    """
+    rows = iter(rows)
+    if (first := next(rows, None)) is None:
+        raise InputError(f"a set holds at least one row, but there are none to write to {path}")
     with TemporaryDirectory() as cache, quiet_datasets():
-        table = Dataset.from_generator(lambda: iter(rows), features=FEATURES, cache_dir=cache, fingerprint="set")
-        write_whole(path, table.to_parquet)
+        try:
+            table = Dataset.from_generator(
+                lambda: chain([first], rows), features=FEATURES, cache_dir=cache, fingerprint="set"
+            )
+        except DatasetGenerationError as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise InputError(
+                    f"cannot write {path}: no space left in {cache}, where a set is drafted; make room, or set TMPDIR "
+                    "to a folder that has some"
+                ) from None
+            raise cause from None
+        write_whole(Path(path), table.to_parquet)
         return len(table)
 
 
 def read_set(path: str | Path, template: ChatTemplate, *, longest: int | None = None) -> list[TokenSequence]:
-    """The training sequences of a set, in its order; what is beyond `longest` tokens is clipped, and not the whole row.
+    """The training sequences of a set, one a row and in its order; what is beyond `longest` tokens is clipped.
 
-    Raises InputError for a file that is no such set, and for one of another tokenizer.
+    Raises InputError for a file that is no such set, for one of another tokenizer, and for a row whose input alone is
+    beyond `longest`: left out, it would part pairs.
     """
     with TemporaryDirectory() as cache, quiet_datasets():
         try:
-            table = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-        except (OSError, ValueError, DatasetsError) as error:
-            raise InputError(f"a set is a Parquet file that turnwise wrote; {path} cannot be read: {error}") from None
+            table = Dataset.from_parquet(glob.escape(str(path)), cache_dir=cache, keep_in_memory=True)
+        except Exception as error:  # what `datasets` raises for a bad file depends on where it notices
+            reason = str(error.__cause__ or error).partition("\n")[0]
+            raise InputError(f"{path} is no set of rows for fine-tuning that can be read: {reason}") from error
     if missing := sorted({"input_ids", "labels", "tokenizer"} - set(table.column_names)):
         raise InputError(f"{path} holds no token ids to train on (no column {', '.join(missing)}); write it anew")
     if others := set(table.unique("tokenizer")) - {template.fingerprint}:
         raise InputError(
-            f"{path} was written with the tokenizer {', '.join(others)}, and this model's is {template.fingerprint}; "
-            "write it anew with this model's tokenizer"
+            f"{path} was written with the tokenizer {', '.join(sorted(map(str, others)))}, and this model's is "
+            f"{template.fingerprint}; write it anew with this model's tokenizer"
         )
-    sequences = (_sequence(row["input_ids"][:longest], row["labels"][:longest]) for row in table)
-    return [sequence for sequence in sequences if sequence.trained]
+    columns = table.select_columns(["input_ids", "labels"])
+    return [_sequence(row, f"{path}, row {number}", longest) for number, row in enumerate(columns)]
 
 
-def _sequence(ids: list[int], labels: list[int]) -> TokenSequence:
-    trained = (place for place, label in enumerate(labels) if label != UNTRAINED)
-    first = next(trained, len(ids))
-    return TokenSequence(tuple(ids), ((first, len(ids)),))
+def _sequence(row: Mapping[str, list[int] | None], place: str, longest: int | None) -> TokenSequence:
+    ids, labels = row["input_ids"] or [], row["labels"] or []
+    first = next((index for index, label in enumerate(labels) if label != UNTRAINED), 0)
+    if first == 0 or labels != [UNTRAINED] * first + ids[first:]:
+        raise InputError(f"{place}: labels are {UNTRAINED} for the input and then its output's ids; write the set anew")
+    if longest is not None and first >= longest:
+        raise InputError(
+            f"{place}: an input of {first} tokens leaves none to train within {longest}; allow more, or write the set "
+            "anew without it"
+        )
+    clipped = tuple(ids[:longest])
+    return TokenSequence(clipped, ((first, len(clipped)),))
 
 
 def shuffled(sequences: Sequence[TokenSequence], *, seed: int, together: int = 1) -> Iterator[TokenSequence]:

@@ -8,6 +8,9 @@ hard part, and they share it). Each then learns its own role:
   another thought.
 - `router` routes itself, as in Thinkless: `<think>` or `<short>` with equal chance, then answers in that mode.
 
+`novice` is apart from them: trained from nothing to think, to answer at once, and to answer where its thought is broken
+off, but never with a partner. It is what a cold start begins with.
+
 The tiny template turns a system message into one token, whatever it says: these models cannot read an instruction, but
 they see that there is one, and so that they have a partner.
 """
@@ -85,7 +88,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedMode
 
 
 def main(
-    output: Annotated[Path, typer.Argument(help="Folder for the three models, and for checkpoints on the way.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the four models, and for checkpoints on the way.")],
     seed: int = 0,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
@@ -106,14 +109,20 @@ def main(
             )  # fmt: skip
             progress.update(task, completed=settings.steps)
 
+        def keep(role: str, model: PreTrainedModel) -> None:
+            # Half precision halves the file; the engine loads it in single precision.
+            model.to(torch.float16).save_pretrained(output / role)  # type: ignore[arg-type]
+            tokenizer.save_pretrained(output / role)
+
         learn("base", base, BASE)
         for role in ("long", "short", "router"):
             model = build_model(tokenizer, seed)
             model.load_state_dict(base.state_dict())
             learn(role, model, ROLE)
-            # Half precision halves the file; the engine loads it in single precision.
-            model.to(torch.float16).save_pretrained(output / role)  # type: ignore[arg-type]
-            tokenizer.save_pretrained(output / role)
+            keep(role, model)
+        novice = build_model(tokenizer, seed)
+        learn("novice", novice, BASE)
+        keep("novice", novice)
 
 
 if __name__ == "__main__":

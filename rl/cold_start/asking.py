@@ -11,7 +11,7 @@ from turnwise.environments.environment import Grade, Grader, Outcome
 from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
 from turnwise.environments.problem import Problem
-from turnwise.environments.transcript import Message, Transcript, Turn
+from turnwise.environments.transcript import Message, Reply, Transcript, Turn
 from turnwise.protocols.protocol import ReasoningProtocol
 from turnwise.protocols.rewards import Correctness, Reward, RewardSum
 
@@ -21,6 +21,9 @@ Check = Callable[[Problem, str], object]
 """Reads a reply. Raises InputError, in words that its author can mend it by, where it is not what was asked for."""
 
 _JSON = re.compile(r"[\[{].*", re.DOTALL)
+# What JSON may escape; any other backslash is one of LaTeX's, whose \boxed, \frac, \right, \times and \neq begin like
+# JSON's \b, \f, \r, \t and \n.
+_ESCAPE = re.compile(r"""(\\["'/\\]|\\u[0-9a-fA-F]{4}|\\[bfrt](?![A-Za-z])|\\n(?!(?:eq?|ot(?:in)?|abla|mid)\b))|\\""")
 
 
 class Asking(ReasoningProtocol):
@@ -43,29 +46,30 @@ class Asking(ReasoningProtocol):
 
     def next_turns(self, transcript: Transcript) -> Sequence[Turn]:
         """The request; or, after a reply that was refused, the request, all replies, and what is wrong with each."""
+        if len(transcript.steps) >= self.attempts:
+            return []
         messages = [Message("user", transcript.problem.statement)]
-        fault = "not asked yet"
         for step in transcript.steps:
-            fault = self._fault(transcript.problem, step.reply.text, cut_off=step.reply.finish == "length")
+            fault = self._fault(transcript.problem, step.reply)
+            if not fault:
+                return []
             retry = f"This cannot be used: {fault}. Please send the whole of it again, as JSON and nothing else."
             messages += [Message("assistant", step.reply.text, step.reply), Message("user", retry)]
-        if not fault or len(transcript.steps) >= self.attempts:
-            return []
         return [Turn("helper", "ask", tuple(messages), (), self.max_tokens)]
 
     def answer(self, transcript: Transcript) -> str:
-        """The last reply; empty where it was cut off by its budget."""
+        """The last reply; of one that was cut off, only that it was."""
         last = transcript.steps[-1].reply
-        return "" if last.finish == "length" else last.text
+        return f"(cut off after {self.max_tokens} tokens)" if last.finish == "length" else last.text
 
     def rewards(self, group: Sequence[Episode], step: int = 0) -> list[Mapping[str, Reward]]:
         """1 for a reply that passed the check, else 0."""
         return RewardSum((Correctness(),))(group, self.seats, step)
 
-    def _fault(self, problem: Problem, text: str, *, cut_off: bool) -> str:
-        if cut_off:
+    def _fault(self, problem: Problem, reply: Reply) -> str:
+        if reply.finish == "length":
             return f"it was cut off after {self.max_tokens} tokens; be briefer"
-        return fault_in(self.check, problem, text)
+        return fault_in(self.check, problem, reply.text)
 
 
 class CheckGrader(Grader):
@@ -93,12 +97,15 @@ def parse_json(text: str, kind: TypeAdapter[T]) -> T:
     """The JSON in a model's reply, as pydantic reads it.
 
     Mended first are the usual slips around it (code fences, a sentence before it) and in it (trailing commas, single
-    quotes, comments). Raises InputError for anything else.
+    quotes, comments, LaTeX whose backslashes are not escaped). Raises InputError for anything else.
     """
     found = _JSON.search(text)
     if not found:
         raise InputError(f"JSON was expected; got {text.strip()[:60]!r}")
-    mended = repair_json(found[0])
+    try:
+        mended = repair_json(_ESCAPE.sub(lambda escape: escape[1] or r"\\", found[0]))
+    except Exception:  # json_repair has several for text that it makes nothing of
+        raise InputError(f"JSON was expected; got {found[0][:60]!r}") from None
     try:
         return kind.validate_json(mended)
     except ValidationError as errors:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, TypeAdapter
@@ -9,7 +10,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from turnwise.environments.errors import InputError
 from turnwise.environments.problem import Problem
 from turnwise.rl.cold_start.asking import parse_json
-from turnwise.rl.cold_start.thoughts import Chain, CountTokens, Thought, joined, steps_of, without_tags
+from turnwise.rl.cold_start.thoughts import Chain, CountTokens, Thought, steps_of, without_tags
 
 MOST_BLOCKS = 20
 
@@ -17,7 +18,7 @@ MOST_BLOCKS = 20
 class Block(BaseModel):
     """Steps `start` to `end` of a chain, counted from 1, both included, and the broad kind of thought that they are."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
 
     start: PositiveInt
     end: PositiveInt
@@ -68,11 +69,11 @@ def check_cover(blocks: Sequence[Block], steps: int) -> None:
             raise InputError(f"{_steps(due, block.start - 1)} missing before block {number}: blocks must be contiguous")
         if block.start < due:
             raise InputError(f"block {number} begins at step {block.start}, but the one before it ends at {due - 1}")
+        if block.end > steps:
+            raise InputError(f"block {number} ends at step {block.end}, but there are only {steps} steps")
         due = block.end + 1
     if due <= steps:
         raise InputError(f"{_steps(due, steps)} missing: the last block must end at the last step, {steps}")
-    if due > steps + 1:
-        raise InputError(f"the last block ends at step {due - 1}, but there are only {steps} steps")
 
 
 def _steps(first: int, last: int) -> str:
@@ -81,22 +82,23 @@ def _steps(first: int, last: int) -> str:
 
 # By the first words of a step, in this order. What fits none goes on with what was being done.
 _OPENINGS = (
-    ("verification", r"wait|let me (?:double[- ]?)?(?:check|verify|confirm)|(?:double[- ]?)?check|to verify|verify"),
-    ("another approach", r"alternatively|another (?:way|approach|method)|instead|hmm|maybe|on second thought"),
-    ("final answer", r"\W*final answer|\\boxed|the (?:final )?answer is|i think that's"),
+    ("verification", r"wait|(?:now,? )?(?:let me |let's |to )?(?:just )?(?:double[- ]?)?(?:check|verify|confirm)"),
+    ("another approach", r"alternatively|another (?:way|approach|method)|instead|maybe|on second thought"),
+    ("final answer", r"final answer|boxed|the (?:final )?answer is|i think that's"),
     ("conclusion", r"therefore|thus|hence|so,? (?:the|all|overall|in)\b|in (?:summary|conclusion)|overall"),
-    ("planning", r"first|let me (?:try|recall|think|start|see)|to (?:solve|find)|i (?:can|could|will|should)|we can"),
-    ("calculation", r"now|next|then|let me|let's|finally|moving on"),
-    ("problem understanding", r"okay|alright|the (?:problem|question)|(?:so )?i (?:have|need)|given"),
+    ("problem understanding", r"(?:now,? )?the (?:problem|question)|given|i need"),
+    ("planning", r"first|let me (?:try|recall|think|start|see)|to (?:solve|find)|(?:i|we) (?:can|could|will|should)"),
+    ("calculation", r"now|next|then|let me|let's|finally|moving on|okay|alright"),
 )
-_KINDS = [(kind, re.compile(rf"(?:{opening})", re.IGNORECASE)) for kind, opening in _OPENINGS]
+_FILLERS = r"\W*(?:(?:okay|alright|hmm|well|so|and|but)\W+)*"
+_KINDS = [(kind, re.compile(rf"{_FILLERS}(?:{opening})", re.IGNORECASE)) for kind, opening in _OPENINGS]
 
 
 def chunk_by_rules(steps: Sequence[str]) -> list[Block]:
     """Blocks by the words that steps begin with ("Wait", "Now", "Alternatively"), without any model.
 
     A block ends where the next step opens with such a word, once it holds its share: a twentieth of the chain's words,
-    so that a chain has about twenty blocks at the most.
+    so that a chain has about twenty blocks at the most. The first is taken to restate the problem.
     """
     words = [len(step.split()) for step in steps]
     share = sum(words) / MOST_BLOCKS
@@ -104,33 +106,30 @@ def chunk_by_rules(steps: Sequence[str]) -> list[Block]:
     for number, step in enumerate(steps, start=1):
         kind = next((kind for kind, opening in _KINDS if opening.match(without_tags(step))), None)
         if not starts or (kind and held >= share):
+            kinds.append(kind if kind and starts else "problem understanding")
             starts.append(number)
-            kinds.append(kind or "problem understanding")
             held = 0
         held += words[number - 1]
-    ends = [start - 1 for start in starts[1:]] + [len(steps)]
+    bounds = pairwise([*starts, len(steps) + 1])
     return [
-        Block.model_validate({"start": start, "end": end, "kind": kind})
-        for start, end, kind in zip(starts, ends, kinds, strict=True)
+        Block.model_validate({"start": start, "end": after - 1, "kind": kind})
+        for (start, after), kind in zip(bounds, kinds, strict=True)
     ]
 
 
 def chain_of(problem: Problem, blocks: Sequence[Block], count_tokens: CountTokens) -> Chain:
     """The chain of a problem as thoughts. Tokens are counted step by step, as `Continuation` reads them.
 
-    Raises InputError where there are fewer than two thoughts, or one holds nothing but tags.
+    Raises InputError where there are fewer than two thoughts.
     """
     steps = steps_of(problem.solution)
     check_cover(blocks, len(steps))
     tokens = [count_tokens(step) for step in steps]
     thoughts = tuple(
-        Thought(joined(steps, block.start, block.end), block.kind, sum(tokens[block.start - 1 : block.end]))
+        Thought("".join(steps[block.start - 1 : block.end]), block.kind, sum(tokens[block.start - 1 : block.end]))
         for block in blocks
     )
     if len(thoughts) < 2:
-        what = "it has no blank line" if len(steps) == 1 else "all of it is one block"
+        what = "it has no blank line" if len(steps) < 2 else "all of it is one block"
         raise InputError(f"a chain must have at least two thoughts, or there is nothing to weigh; {what}")
-    for number, thought in enumerate(thoughts, start=1):
-        if not without_tags(thought.text):
-            raise InputError(f"thought {number} is empty; remove it from the chain")
     return Chain(problem, thoughts)

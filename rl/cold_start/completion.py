@@ -54,7 +54,7 @@ def check_contents(request: Problem, text: str) -> dict[int, str]:
 def dialogue_of(weighed: WeighedChain, contents: dict[int, str]) -> list[tuple[str, str]]:
     """What each seat of Long⊗Short says, turn by turn, tags included: neighbouring thoughts of one seat are one turn.
 
-    The short seat has the last word, with the problem's answer in a box where its thoughts do not box one themselves.
+    The short seat has the last word, with the problem's answer in a box where its last turn boxes none.
     """
     thoughts = zip(weighed.chain.thoughts, weighed.long, strict=True)
     spoken = [
@@ -65,7 +65,7 @@ def dialogue_of(weighed: WeighedChain, contents: dict[int, str]) -> list[tuple[s
     if turns[-1][0]:
         turns.append((False, []))
     last = turns[-1][1]
-    if last_boxed("\n\n".join(last)) is None:
+    if not last_boxed("\n\n".join(last)):
         last.append(f"\\boxed{{{weighed.chain.problem.answer}}}")
     dialogue = []
     for place, (long, texts) in enumerate(turns, start=1):

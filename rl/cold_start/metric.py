@@ -105,7 +105,8 @@ def probability_of_gain(right_before: int, drawn_before: int, right: int, drawn:
     """
     a, b = right_before + 1, drawn_before - right_before + 1
     c, d = right + 1, drawn - right + 1
-    return fsum(exp(_log_beta(a + i, b + d) - log(d + i) - _log_beta(1 + i, d) - _log_beta(a, b)) for i in range(c))
+    terms = (exp(_log_beta(a + i, b + d) - log(d + i) - _log_beta(1 + i, d) - _log_beta(a, b)) for i in range(c))
+    return min(1.0, fsum(terms))  # which rounding may exceed
 
 
 def _log_beta(a: int, b: int) -> float:

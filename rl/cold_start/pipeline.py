@@ -1,47 +1,63 @@
 """From long chains of thought to dialogues of a long and a short seat, stage by stage, in a folder that can be resumed.
 
 Long⊗Short (arXiv 2505.11827, §4.1): chunk each chain into thoughts, weigh these by Monte Carlo rollouts, let those that
-matter stay long, have the others written anew. What cannot be used is left out, and said: `ColdStart.dropped`.
+matter stay long, have the others written anew. A chain that cannot be used is left out, and the rest goes on.
 """
 
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import orjson
 
 from turnwise.agents.agent import Agent
 from turnwise.environments.environment import Environment, Grader, Outcome
 from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
 from turnwise.environments.problem import Problem
+from turnwise.protocols.protocol import ReasoningProtocol
 from turnwise.rl.cold_start.asking import Asking, Check, CheckGrader
 from turnwise.rl.cold_start.chunking import chain_of, check_blocks, chunk_by_rules, chunking_request
 from turnwise.rl.cold_start.completion import check_contents, completion_request, dialogue_of
-from turnwise.rl.cold_start.metric import misfires, score_errors, stays_long, thought_scores
-from turnwise.rl.cold_start.rollouts import Continuation, RolloutSettings, RolloutStore, draw
+from turnwise.rl.cold_start.metric import misfires, random_scores, score_errors, stays_long, thought_scores
+from turnwise.rl.cold_start.rollouts import Continuation, RolloutSettings, RolloutStore, counts_of, draw
 from turnwise.rl.cold_start.thoughts import Chain, CountTokens, Dropped, WeighedChain, count_words, steps_of
 from turnwise.rl.episode_store import EpisodeStore
-from turnwise.rl.rollout import rollout
-from turnwise.rl.run_folder import Run
+from turnwise.rl.rollout import in_order, rollout
+from turnwise.rl.run_folder import Run, write_whole
 
 OnProgress = Callable[[str, int, int], None]
 """Told of a stage, how much of it is done, and of how much at the most."""
 
+Dialogue = list[tuple[str, str]]
+"""The seat and the text of each turn."""
+
 Score = Callable[[Chain, list[float]], list[float]]
+"""The score of each thought of a chain, from the share of right continuations after 0, 1, ... thoughts."""
+
 Assign = Callable[[Sequence[float]], list[bool]]
+"""Which thoughts stay long, from their scores."""
 
 
 def by_metric(chain: Chain, success: list[float]) -> list[float]:
-    """M of each thought of a chain, from the success after 0, 1, ... thoughts."""
+    """The paper's score, M."""
     return thought_scores(chain.lengths, success[1:], success[0])
+
+
+def by_chance(chain: Chain, success: list[float]) -> list[float]:
+    """The paper's ablation: scores that say nothing, for each chain the same ones in every run."""
+    return random_scores(len(chain.thoughts), chain.problem.id)
 
 
 class ColdStart:
     """The stages, each to be called once and in order: `chunk`, `weigh`, `complete`.
 
-    A run that was stopped is resumed by the same calls: no model is asked again for what it has said. `models` is what,
-    besides the problems and the settings, must be equal for that (their names, say). Raises InputError where `folder`
-    holds another run.
+    No model is asked twice for the same thing: a run that was stopped goes on by the same calls, and one with more
+    chains or more continuations does only what is new. `models` is what must be equal for that (their names, say). What
+    could not be used stands in `dropped`, and in `dropped.jsonl` of the folder. Raises InputError where `folder` holds
+    another run.
     """
 
     def __init__(
@@ -83,6 +99,7 @@ class ColdStart:
                     chains.append(chain_of(problem, blocks[problem.id], count_tokens))
                 except InputError as error:
                     self.dropped.append(Dropped(problem.id, "chunking", str(error)))
+        self._report()
         return chains
 
     def weigh(
@@ -99,19 +116,31 @@ class ColdStart:
 
         A chain is dropped where all continuations of one of its prefixes failed.
         """
-        run = {**self._run(chain.problem for chain in chains), "protocol": protocol.fingerprint}
-        run["settings"] = settings.model_dump_json(exclude={"concurrency"})
-        run["thoughts"] = _digest(thought.text for chain in chains for thought in chain.thoughts)
-        prefixes = sum(len(chain.thoughts) + 1 for chain in chains)
-        with RolloutStore(self.folder / "rollouts", run) as store:
-            drawn = store.drawn
-            stream = draw(chains, protocol, base, self.grader, settings, store, seed=self.seed)
-            asyncio.run(self._follow("rollouts", stream, drawn, prefixes * settings.samples))
-            return [weighed for chain in chains if (weighed := self._weighed(chain, store, score, assign))]
+        with RolloutStore(self.folder / "rollouts", self._run(protocol)) as store:
+            addressed = [_addressed(chain) for chain in chains]
+            most = settings.samples * sum(len(chain.thoughts) + 1 for chain in chains)
+            held = sum(
+                drawn
+                for chain in addressed
+                for _, drawn in store.counts(chain, [settings.samples] * (len(chain.thoughts) + 1))
+            )
+            stream = draw(addressed, protocol, base, self.grader, settings, store, seed=self.seed)
+            asyncio.run(self._follow("rollouts", stream, held, most))
+            counted = counts_of(addressed, settings, store)
+            weighed = []
+            for chain, in_store, counts in zip(chains, addressed, counted, strict=True):
+                missing = next((thoughts for thoughts, (_, drawn) in enumerate(counts) if not drawn), None)
+                if missing is None:
+                    tokens = [store.mean_tokens(in_store, thoughts) for thoughts in range(len(counts))]
+                    weighed.append(_weighed(chain, counts, tokens, score, assign))
+                else:
+                    error = store.error(in_store, missing)
+                    reason = f"no continuation from the first {missing} thoughts came to an end: {error}"
+                    self.dropped.append(Dropped(chain.problem.id, "rollouts", reason))
+        self._report()
+        return weighed
 
-    def complete(
-        self, weighed: Sequence[WeighedChain], completer: Agent
-    ) -> list[tuple[Problem, list[tuple[str, str]]]]:
+    def complete(self, weighed: Sequence[WeighedChain], completer: Agent) -> list[tuple[Problem, Dialogue]]:
         """Each chain as what the two seats say in turn, its short thoughts written by `completer`."""
         requests = {one.chain.problem.id: completion_request(one) for one in weighed if not all(one.long)}
         contents = self._ask("completion", list(requests.values()), check_contents, completer)
@@ -124,6 +153,7 @@ class ColdStart:
                 written.append((one.chain.problem, dialogue_of(one, check_contents(requests[id_], contents[id_]))))
         texts = [dialogue[-1][1] for _, dialogue in written]
         right = {p.id for p in self._right([p for p, _ in written], texts, "completion", "the completed answer is")}
+        self._report()
         return [(problem, dialogue) for problem, dialogue in written if problem.id in right]
 
     def _right(self, problems: Sequence[Problem], texts: Sequence[str], stage: str, said: str) -> list[Problem]:
@@ -134,31 +164,34 @@ class ColdStart:
             return [grade.outcome for grade in await asyncio.gather(*graded)]
 
         outcomes = list(zip(problems, asyncio.run(grade()), strict=True))
-        self.dropped += [Dropped(p.id, stage, f"{said} {outcome}") for p, outcome in outcomes if outcome != "right"]
-        return [problem for problem, outcome in outcomes if outcome == "right"]
+        self.dropped += [
+            Dropped(p.id, stage, f"{said} {outcome}") for p, outcome in outcomes if outcome is not Outcome.RIGHT
+        ]
+        return [problem for problem, outcome in outcomes if outcome is Outcome.RIGHT]
 
     def _ask(self, stage: str, requests: Sequence[Problem], check: Check, agent: Agent) -> dict[str, str]:
         """The replies of an agent that passed the check, by the requests' ids; the others are dropped."""
         protocol = Asking(check)
-        environment = Environment(stage, requests, CheckGrader(check))
-        run = {**self._run(requests), "protocol": protocol.fingerprint}
-        with EpisodeStore(self.folder / stage, run) as store:
+        asked = {f"{request.id}-{_digest([request.statement])}": request for request in requests}
+        environment = Environment(
+            stage, [replace(request, id=id_) for id_, request in asked.items()], CheckGrader(check)
+        )
+        with EpisodeStore(self.folder / stage, self._run(protocol)) as store:
+            held = sum(f"{id_}#0" in store.ids for id_ in asked)
             stream = rollout(
                 protocol, {"helper": agent}, environment, seed=self.seed, concurrency=self.concurrency, store=store,
                 max_failed_share=1.0,
             )  # fmt: skip
-            asyncio.run(self._follow(stage, stream, len(store.ids), len(requests)))
+            asyncio.run(self._follow(stage, stream, held, len(requests)))
             answers = dict[str, str]()
-            for episode in store:
-                id_, grade = episode.transcript.problem.id, episode.grade
+            for episode in in_order(environment, store):
+                id_, grade = asked[episode.transcript.problem.id].id, episode.grade
                 if grade is not None and grade.right:
                     answers[id_] = str(grade.answer)
                 else:
-                    turns = len(episode.transcript.steps)
-                    reason = (
-                        episode.error or f"no valid reply in {turns} attempts; of the last: {grade and grade.answer}"
-                    )
-                    self.dropped.append(Dropped(id_, stage, reason))
+                    attempts = len(episode.transcript.steps)
+                    fault = f"no valid reply in {attempts} attempts; of the last: {grade and grade.answer}"
+                    self.dropped.append(Dropped(id_, stage, episode.error or fault))
             return answers
 
     async def _follow(self, stage: str, stream: AsyncIterator[Episode], done: int, most: int) -> None:
@@ -167,31 +200,35 @@ class ColdStart:
             done += 1
             self.on_progress(stage, done, most)
 
-    def _weighed(self, chain: Chain, store: RolloutStore, score: Score, assign: Assign) -> WeighedChain | None:
-        counts = store.counts(chain)
-        if missing := [thoughts for thoughts, (_, drawn) in enumerate(counts) if not drawn]:
-            error = store.error(chain, missing[0])
-            reason = f"no continuation from the first {missing[0]} thoughts came to an end: {error}"
-            self.dropped.append(Dropped(chain.problem.id, "rollouts", reason))
-            return None
-        scores = score(chain, [right / drawn for right, drawn in counts])
-        return WeighedChain(
-            chain,
-            right=tuple(right for right, _ in counts),
-            rollouts=tuple(drawn for _, drawn in counts),
-            rollout_tokens=tuple(store.mean_tokens(chain, thoughts) for thoughts in range(len(counts))),
-            scores=tuple(scores),
-            errors=tuple(score_errors(chain.lengths, counts)),
-            misfires=tuple(misfires(counts)),
-            long=tuple(assign(scores)),
-        )
+    def _report(self) -> None:
+        lines = b"".join(orjson.dumps(one, option=orjson.OPT_APPEND_NEWLINE) for one in self.dropped)
+        write_whole(self.folder / "dropped.jsonl", lambda path: path.write_bytes(lines))
 
-    def _run(self, problems: Iterable[Problem]) -> dict[str, str | int | float]:
-        return {**self.models, "seed": self.seed, "problems": _digest(f"{p.id} {p.statement}" for p in problems)}
+    def _run(self, protocol: ReasoningProtocol) -> Run:
+        return {**self.models, "seed": self.seed, "protocol": protocol.fingerprint}
+
+
+def _weighed(
+    chain: Chain, counts: Sequence[tuple[int, int]], tokens: Sequence[float], score: Score, assign: Assign
+) -> WeighedChain:
+    scores = score(chain, [right / drawn for right, drawn in counts])
+    return WeighedChain(
+        chain,
+        right=tuple(right for right, _ in counts),
+        rollouts=tuple(drawn for _, drawn in counts),
+        rollout_tokens=tuple(tokens),
+        scores=tuple(scores),
+        errors=tuple(score_errors(chain.lengths, counts)),
+        misfires=tuple(misfires(counts)),
+        long=tuple(assign(scores)),
+    )
+
+
+def _addressed(chain: Chain) -> Chain:
+    """The chain under an id that tells its thoughts: cut otherwise, it would be weighed anew."""
+    id_ = f"{chain.problem.id}-{_digest(thought.text for thought in chain.thoughts)}"
+    return replace(chain, problem=replace(chain.problem, id=id_))
 
 
 def _digest(texts: Iterable[str]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for text in texts:
-        digest.update(text.encode() + b"\0")
-    return digest.hexdigest()
+    return hashlib.blake2b("\0".join(texts).encode(), digest_size=6).hexdigest()

@@ -1,6 +1,6 @@
 """Monte Carlo rollouts: how often a base model ends right when it goes on from the first thoughts of a chain."""
 
-from array import array
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import overload
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
 from turnwise.agents.agent import Agent
-from turnwise.environments.environment import Environment, Grader
+from turnwise.environments.environment import Environment, Grader, Outcome
 from turnwise.environments.episode import Episode
 from turnwise.environments.problem import Problem
 from turnwise.environments.transcript import Message, Transcript, Turn
@@ -22,6 +22,9 @@ from turnwise.rl.cold_start.thoughts import Chain, steps_of
 from turnwise.rl.journal import Journal, read_lines
 from turnwise.rl.rollout import rollout
 from turnwise.rl.run_folder import Run
+
+MISSING, WRONG, RIGHT = range(3)
+"""How a continuation ended, as a byte; one without a readable answer is wrong."""
 
 
 class RolloutSettings(BaseModel):
@@ -36,14 +39,8 @@ class RolloutSettings(BaseModel):
     samples: PositiveInt = 8
     stop_early: bool = False
     batch: PositiveInt = 8
-    z: float = Field(1.28, gt=0)
+    z: PositiveFloat = 1.28
     concurrency: PositiveInt = 64
-
-    @model_validator(mode="after")
-    def _check(self) -> "RolloutSettings":
-        if self.stop_early and self.batch > self.samples:
-            raise ValueError(f"batch must be at most samples; got {self.batch} and {self.samples}")
-        return self
 
     @property
     def rounds(self) -> list[int]:
@@ -56,7 +53,7 @@ class Continuation(ReasoningProtocol):
 
     The chain so far is the problem's `solution`, one message a step, so that a longer prefix continues the tokens of a
     shorter one. `opening` is what a reasoning model begins with ("<think>"), and `closing` makes it answer now
-    ("</think>"); it is left out once the chain so far holds it. All three may be empty.
+    ("</think>"); each is left out where the chain so far begins with it, or holds it. All three may be empty.
     """
 
     seats = ("base",)
@@ -79,9 +76,11 @@ class Continuation(ReasoningProtocol):
         problem = transcript.problem
         messages = [Message("system", self.instruction)] if self.instruction else []
         messages.append(Message("user", problem.statement))
-        begun = [self.opening, *steps_of(problem.solution)]
+        opening = "" if problem.solution.startswith(self.opening) else self.opening
+        closing = "" if self.closing in problem.solution else self.closing
+        begun = [opening, *steps_of(problem.solution)]
         messages += [Message("assistant", text) for text in begun if text]
-        return [Turn("base", "continue", tuple(messages), (), self.max_tokens, self._closing(problem))]
+        return [Turn("base", "continue", tuple(messages), (), self.max_tokens, closing)]
 
     def answer(self, transcript: Transcript) -> str:
         """The chain so far and what came after it, where the last box counts."""
@@ -90,9 +89,6 @@ class Continuation(ReasoningProtocol):
     def rewards(self, group: Sequence[Episode], step: int = 0) -> list[Mapping[str, Reward]]:
         """1 for a right answer, else 0."""
         return RewardSum((Correctness(),))(group, self.seats, step)
-
-    def _closing(self, problem: Problem) -> str:
-        return "" if self.closing and self.closing in problem.solution else self.closing
 
 
 def prefix_id(problem: Problem, thoughts: int) -> str:
@@ -126,19 +122,18 @@ class Prefixes(Sequence[Problem]):
 class RolloutStore(Journal):
     """How each continuation ended: `rollouts.jsonl` in a run's folder, one a line.
 
-    Only outcomes and lengths are kept, in memory too: a few bytes a continuation. One that failed is drawn again when
-    the run is.
+    In memory there is a byte a continuation. One that failed is not kept: it is drawn again when the run goes on.
     """
 
     def __init__(self, folder: str | Path, run: Run) -> None:
         super().__init__(folder, run, "rollouts.jsonl")
         self._outcomes: dict[str, bytearray] = {}
-        self._tokens: dict[str, array[int]] = {}
+        self._tokens = Counter[str]()
         self._errors: dict[str, str] = {}
         self.drawn = 0
         try:
-            for record in read_lines(self.path, orjson.loads):
-                self._keep(record["prefix"], record["sample"], record["outcome"], record["tokens"])
+            for prefix, sample, outcome, tokens in read_lines(self.path, _decode):
+                self._keep(prefix, sample, outcome, tokens)
         except BaseException:
             self.close()
             raise
@@ -165,31 +160,36 @@ class RolloutStore(Journal):
 
     def counts(self, chain: Chain, most: Sequence[int] | None = None) -> list[tuple[int, int]]:
         """(right, drawn) among the first so many samples, by default all, after 0, 1, ... thoughts of a chain."""
-        found = []
-        for thoughts in range(len(chain.thoughts) + 1):
-            limit = None if most is None else most[thoughts]
-            outcomes = self._outcomes.get(prefix_id(chain.problem, thoughts), bytearray())[:limit]
-            found.append((outcomes.count(RIGHT), len(outcomes) - outcomes.count(MISSING)))
-        return found
+        limits = [None] * (len(chain.thoughts) + 1) if most is None else most
+        return [
+            (outcomes.count(RIGHT), len(outcomes) - outcomes.count(MISSING))
+            for outcomes in (self._of(chain, thoughts)[:limit] for thoughts, limit in enumerate(limits))
+        ]
 
     def mean_tokens(self, chain: Chain, thoughts: int) -> float:
-        """Sampled tokens of a continuation from so many thoughts of a chain, on average."""
-        tokens = self._tokens.get(prefix_id(chain.problem, thoughts), ())
-        return sum(tokens) / max(1, len(tokens))
+        """Sampled tokens of a continuation from so many thoughts of a chain, on average; 0 where there is none."""
+        outcomes = self._of(chain, thoughts)
+        drawn = len(outcomes) - outcomes.count(MISSING)
+        return self._tokens[prefix_id(chain.problem, thoughts)] / max(1, drawn)
 
     def error(self, chain: Chain, thoughts: int) -> str:
         """What the last continuation that failed from so many thoughts of a chain died of; empty where none did."""
         return self._errors.get(prefix_id(chain.problem, thoughts), "")
 
-    def _keep(self, prefix: str, sample: int, outcome: str, tokens: int) -> None:
+    def _of(self, chain: Chain, thoughts: int) -> bytearray:
+        return self._outcomes.get(prefix_id(chain.problem, thoughts), bytearray())
+
+    def _keep(self, prefix: str, sample: int, outcome: Outcome, tokens: int) -> None:
         outcomes = self._outcomes.setdefault(prefix, bytearray())
         outcomes.extend(bytes([MISSING]) * (sample + 1 - len(outcomes)))
-        outcomes[sample] = RIGHT if outcome == "right" else WRONG
-        self._tokens.setdefault(prefix, array("I")).append(tokens)
+        outcomes[sample] = RIGHT if outcome is Outcome.RIGHT else WRONG
+        self._tokens[prefix] += tokens
         self.drawn += 1
 
 
-MISSING, WRONG, RIGHT = 0, 1, 2
+def _decode(line: bytes) -> tuple[str, int, Outcome, int]:
+    record = orjson.loads(line)
+    return record["prefix"], int(record["sample"]), Outcome(record["outcome"]), int(record["tokens"])
 
 
 async def draw(
@@ -205,12 +205,10 @@ async def draw(
     """Draws what continuations the store lacks, and yields them as they end.
 
     Which are drawn follows from the chains, the settings and what the continuations came to, never from when they
-    ended: a run that was stopped goes on to the same end. A continuation that fails leaves its prefix with fewer.
+    ended: a run that was stopped goes on to the same end. A continuation that fails leaves its prefix with fewer, and
+    `store` with the error.
     """
-    # Counted here, and not by what the store holds, which may be of a later round of a run that was stopped.
-    drawn = [[0] * (len(chain.thoughts) + 1) for chain in chains]
-    for most in settings.rounds:
-        places = list(_open(chains, drawn, store, settings))
+    for most, places in _rounds(chains, settings, store):
         environment = Environment("prefixes", Prefixes(chains, places), grader)
         stream = rollout(
             protocol, {"base": base}, environment, samples=most, seed=seed, concurrency=settings.concurrency,
@@ -219,15 +217,40 @@ async def draw(
         async with aclosing(stream):
             async for episode in stream:
                 yield episode
+
+
+def counts_of(chains: Sequence[Chain], settings: RolloutSettings, store: RolloutStore) -> list[list[tuple[int, int]]]:
+    """(right, drawn) after 0, 1, ... thoughts of each chain, among the continuations that the settings ask for.
+
+    The store may hold more: those of other settings.
+    """
+    asked = [[0] * (len(chain.thoughts) + 1) for chain in chains]
+    for most, places in _rounds(chains, settings, store):
         for place, thoughts in places:
-            drawn[place][thoughts] = most
+            asked[place][thoughts] = most
+    return [store.counts(chain, most) for chain, most in zip(chains, asked, strict=True)]
+
+
+def _rounds(
+    chains: Sequence[Chain], settings: RolloutSettings, store: RolloutStore
+) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """For each round: up to how many samples, and of which prefixes, as (chain, thoughts).
+
+    Once a round has been drawn, or was before, the next one follows from it and from those before it alone.
+    """
+    asked = [[0] * (len(chain.thoughts) + 1) for chain in chains]
+    for most in settings.rounds:
+        places = list(_open(chains, asked, settings, store))
+        yield most, places
+        for place, thoughts in places:
+            asked[place][thoughts] = most
 
 
 def _open(
-    chains: Sequence[Chain], drawn: Sequence[Sequence[int]], store: RolloutStore, settings: RolloutSettings
+    chains: Sequence[Chain], asked: Sequence[Sequence[int]], settings: RolloutSettings, store: RolloutStore
 ) -> Iterator[tuple[int, int]]:
     """(chain, thoughts) of the prefixes of which more samples are needed."""
-    for place, (chain, most) in enumerate(zip(chains, drawn, strict=True)):
+    for place, (chain, most) in enumerate(zip(chains, asked, strict=True)):
         if not any(most):
             needed = set(range(len(most)))
         else:

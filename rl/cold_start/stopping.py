@@ -6,10 +6,8 @@ from math import log2, sqrt
 
 from turnwise.rl.cold_start.metric import NO_GAIN, remains
 
-Range = tuple[float, float]
 
-
-def final_share(right: int, drawn: int, samples: int, z: float) -> Range:
+def final_share(right: int, drawn: int, samples: int, z: float) -> tuple[float, float]:
     """Where the share of right ones will lie once all `samples` are drawn, at `z` standard deviations.
 
     Wilson's interval with the correction for a finite population, within what those already drawn leave possible.
@@ -28,7 +26,7 @@ def open_prefixes(lengths: Sequence[int], counts: Sequence[tuple[int, int]], sam
     Each thought's M lies between what the ends of the final shares give. A thought's fate is settled where its M
     surely is, or surely is not, more than all before it. Of a thought that is not settled, what can move the
     comparison is open: its own prefix, the one before it while its gain is in doubt, and the same of each earlier
-    thought that can hold the record.
+    thought that can raise the record.
     """
     shares = [final_share(right, drawn, samples, z) for right, drawn in counts]
     factors = remains(lengths)
@@ -44,7 +42,7 @@ def open_prefixes(lengths: Sequence[int], counts: Sequence[tuple[int, int]], sam
         surely, possibly = records[i - 1]
         if lows[i] > possibly or highs[i] <= surely:
             continue
-        rivals = [j for j in range(i) if highs[j] >= max(lows[i], surely)]
+        rivals = [j for j in range(i) if highs[j] > surely]
         for thought in (i, *rivals):
             needed |= {thought + 1, thought} if doubtful[thought] else {thought + 1}
     return {prefix for prefix in needed if counts[prefix][1] < samples}

@@ -1,8 +1,9 @@
 """Long chains of thought: their steps, the thoughts that the steps make up, and what is known of each thought."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from turnwise.environments.problem import Problem
 from turnwise.protocols.long_short import TAGS
@@ -17,23 +18,18 @@ _TAG = re.compile("|".join(re.escape(tag) for pair in TAGS.values() for tags in 
 def steps_of(chain: str) -> list[str]:
     """The paragraphs of a chain of thought, each with the blank lines behind it: joined, they are the chain.
 
-    A paragraph of nothing but tags (`</think>` on a line of its own) belongs to the one before it.
+    A paragraph of nothing but tags (`</think>` on a line of its own) belongs to the one before it, and at the
+    beginning to the one after it. So the steps of the first few steps, joined, are those few steps.
     """
     ends = [match.end() for match in _BREAK.finditer(chain)]
-    steps = list[str]()
-    for start, end in zip([0, *ends], [*ends, len(chain)], strict=True):
-        if steps and not without_tags(chain[start:end]):
-            steps[-1] += chain[start:end]
-        elif start < end:
-            steps.append(chain[start:end])
-    if len(steps) > 1 and not without_tags(steps[0]):
-        steps[:2] = ["".join(steps[:2])]
-    return steps
+    starts = [start for start, end in pairwise([0, *ends, len(chain)]) if without_tags(chain[start:end])]
+    return [chain[start:end] for start, end in pairwise([0, *starts[1:], len(chain)]) if start < end]
 
 
 def without_tags(text: str) -> str:
     """The text as it can stand inside a turn: without the five tags of Long⊗Short, and stripped."""
-    return _TAG.sub("", text).strip()
+    # By a space: what stands around a tag must not close up to another one.
+    return _TAG.sub(" ", text).strip()
 
 
 def has_tags(text: str) -> bool:
@@ -69,7 +65,7 @@ class WeighedChain:
 
     `right` of `rollouts` continuations from the first i thoughts ended right, for i = 0 (no thought) to all of them;
     they took `rollout_tokens` tokens each on average. `scores` are M or what was put in its place, one a thought;
-    `errors` and `misfires` say how far M can be trusted (`turnwise.rl.cold_start.metric`).
+    `errors` and `misfires` say how far M can be trusted (`turnwise.rl.cold_start.metric`). The first thought is long.
     """
 
     chain: Chain
@@ -99,8 +95,3 @@ class Dropped:
 def count_words(text: str) -> int:
     """Words, where there is no tokenizer, as with scripted agents."""
     return len(text.split())
-
-
-def joined(steps: Sequence[str], first: int, last: int) -> str:
-    """Steps `first` to `last`, counted from 1, both included."""
-    return "".join(steps[first - 1 : last])

@@ -4,8 +4,8 @@ import asyncio
 import sys
 import tomllib
 from argparse import ArgumentError, ArgumentParser
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -15,7 +15,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from turnwise.analysis.control import Control
@@ -31,6 +31,8 @@ from turnwise.rl.run_folder import write_whole
 from turnwise.rl.summary import Summary, record
 
 if TYPE_CHECKING:
+    from turnwise.rl.cold_start.thoughts import WeighedChain
+    from turnwise.rl.sft import SFTSettings
     from turnwise.rl.trainer import Trainer
 
 C = TypeVar("C", bound=BaseModel)
@@ -271,6 +273,75 @@ def train_shown(trainer: "Trainer", console: Console) -> None:
                 shares = (f" {mode} {share:.0%}" for mode, share in report.modes.items())
                 progress.update(task, description=f"{who}: {came_to}{''.join(shares)}")
             progress.update(task, completed=report.step)
+
+
+@contextmanager
+def stages_shown(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each stage of a long work, by what it yields: a function of (stage, done, at the most)."""
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        tasks = dict[str, TaskID]()
+
+        def on_progress(stage: str, done: int, most: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=most)
+            progress.update(tasks[stage], completed=done, total=most)
+
+        yield on_progress
+
+
+def fine_tune_shown(
+    model: str,
+    data: Path,
+    settings: "SFTSettings",
+    output: Path,
+    console: Console,
+    *,
+    seed: int = 0,
+    together: int = 1,
+    device: str = "cpu",
+) -> None:
+    """Fine-tunes a model on a set of `turnwise.rl.sft_sets` and writes it to `output`, once; killed, it goes on.
+
+    The set is read over and over in an order of `seed`, in which `together` neighbouring rows stay neighbours.
+    """
+    from turnwise.agents.transformers_engine import TransformersEngine  # torch: only where it is needed
+    from turnwise.rl.sft import train
+    from turnwise.rl.sft_sets import read_set, shuffled
+
+    if output.exists():
+        return
+    engine = TransformersEngine.load(model, device=device)
+    sequences = read_set(data, engine.template, longest=engine.context)
+    with stages_shown(console) as on_progress:
+        train(
+            engine.model, shuffled(sequences, seed=seed, together=together), settings,
+            checkpoint=output.with_suffix(".pt"),
+            on_step=lambda step, loss: on_progress(f"{data.stem} model", step, settings.steps),
+        )  # fmt: skip
+
+    def save(folder: Path) -> None:
+        engine.model.save_pretrained(folder)
+        engine.tokenizer.save_pretrained(folder)
+
+    write_whole(output, save)
+
+
+def show_thoughts(by_samples: "Mapping[int, Sequence[WeighedChain]]", console: Console, *, folder: Path) -> None:
+    """Prints what the thoughts of chains are worth, weighed by so many continuations of each prefix; draws figures.
+
+    The tables, and all figures but the one that compares them, are of the most continuations.
+    """
+    from turnwise.analysis import thoughts  # matplotlib: only where it is asked for
+
+    weighed = by_samples[max(by_samples)]
+    console.print(thoughts.thought_statistics(weighed), thoughts.kinds(weighed))
+    console.print(thoughts.savings(weighed, max(by_samples)))
+    folder.mkdir(parents=True, exist_ok=True)
+    thoughts.success_by_thoughts(weighed).savefig(folder / "success.png")
+    thoughts.scores_by_position(by_samples).savefig(folder / "scores.png")
+    telling = max(weighed, key=lambda one: (1 < sum(one.long) < 4, len(one.long)))
+    thoughts.chain_picture(telling).savefig(folder / "chain.png")
 
 
 def _in_words(summary: Summary) -> str:

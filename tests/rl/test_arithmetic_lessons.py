@@ -21,8 +21,8 @@ from turnwise.rl.arithmetic_lessons import (
     terse_thoughts,
     think_through,
     thoughts,
-    tokenised,
 )  # fmt: skip
+from turnwise.rl.demonstrations import tokenised
 from turnwise.rl.tiny_models import build_tokenizer
 
 CHAIN = Chain(7, (("×", 3), ("+", 8), ("-", 4)))

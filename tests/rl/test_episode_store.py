@@ -253,9 +253,7 @@ def test_a_full_disk_keeps_whole_lines_and_the_run_resumes(tmp_path: Path) -> No
     assert 1 < len(lines) < 200
     assert lines[-1].endswith(b"\n")
     assert path.stat().st_size <= 100_000
-    expected = (
-        f"cannot write to {path}: File too large; what it holds is safe: make room and run the same command"
-    )
+    expected = f"cannot write to {path}: File too large; what it holds is safe: make room and run the same command"
     assert process.returncode == 1
     assert complaint.startswith(expected)
 
