@@ -77,7 +77,7 @@ def equal_tokens(controls: Mapping[str, Control]) -> Table:
 
 
 def left_out(dropped: Sequence[Dropped], *, kept: int, title: str = "Chains left out") -> Table:
-    """One row for each stage of a cold start and each reason: how many chains it cost, and the id of the first."""
+    """One row for each stage and each reason: how many chains it cost, and the id of the first."""
     table = Table(title=title, title_justify="left", caption=f"{kept} kept", caption_justify="left")
     for heading in ("stage", "reason", "chains", "such as"):
         table.add_column(heading, justify="right" if heading == "chains" else "left")

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from turnwise.agents.tiny import LONG, NOVICE, ROUTER
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
+from turnwise.analysis.tables import left_out
 from turnwise.cli import fine_tune_shown, play_shown, run_configured, show_results
 from turnwise.environments.arithmetic import arithmetic
 from turnwise.environments.benchmarks import Columns, load_problems
@@ -61,13 +62,10 @@ def main(config: Config) -> None:
     with MathGrader() as grader:
         think, short = (answered(config, mode, grader, console) for mode in ("think", "short"))
         template = TransformersEngine.load(config.student).template
-        pairs = [
-            (one, one.solution, other.solution)
-            for one, other in zip(think, short, strict=True)
-            if "</think>" in one.solution and other.solution
-        ]
-        console.print(f"{len(pairs)} pairs, and {len(think) - len(pairs)} left out as an answer is not finished")
-        write_set(data, paired_rows(pairs, template, seed=config.seed))
+        pairs = [(one, one.solution, other.solution) for one, other in zip(think, short, strict=True)]
+        rows, dropped = paired_rows(pairs, template, seed=config.seed)
+        console.print(left_out(dropped, kept=len(rows) // 2, title="Pairs left out"))
+        write_set(data, rows)
         fine_tune_shown(
             config.student, data, config.sft, config.output / "router", console, seed=config.seed, together=2
         )

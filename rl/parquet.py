@@ -1,6 +1,8 @@
-"""Stored episodes as Parquet, by `datasets`, for pandas, DuckDB, or a data set of one's own on the hub."""
+"""Parquet files by `datasets`, for pandas, DuckDB, or a data set of one's own on the hub; episodes as such."""
 
-from collections.abc import Iterator, Mapping
+import errno
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -8,7 +10,9 @@ from datasets import Dataset, Features, List, Value  # type: ignore[import-untyp
 from datasets.exceptions import DatasetGenerationError  # type: ignore[import-untyped]
 
 from turnwise.environments.benchmarks import quiet_datasets
+from turnwise.environments.errors import InputError
 from turnwise.rl.episode_store import read_episodes
+from turnwise.rl.run_folder import write_whole
 
 _OF_PROBLEM = {
     **{name: Value("string") for name in ("id", "question", "answer", "subject", "solution")},
@@ -39,27 +43,43 @@ FEATURES = Features(
 """One row an episode, in the order in which they ended; `outcome` and `answer` are null where `error` is not."""
 
 
-def export_parquet(folder: str | Path, path: str | Path) -> int:
-    """Writes the episodes of a store's folder to a Parquet file, whole or not at all; returns how many there are.
+Row = Mapping[str, object]
 
-    Episodes pass through one at a time, so that memory does not grow with them. Raises InputError for a damaged store.
+
+def export_parquet(folder: str | Path, path: str | Path) -> int:
+    """Writes the episodes of a store's folder to a Parquet file, and returns how many there are.
+
+    Raises InputError for a damaged store, and as `write_rows` does.
     """
-    path = Path(path)
-    draft = path.with_name(path.name + ".draft")
+    return write_rows(path, _rows(Path(folder) / "episodes.jsonl"), FEATURES)
+
+
+def write_rows(path: str | Path, rows: Iterable[Row], features: Features) -> int:
+    """Writes rows to a Parquet file, whole or not at all, and returns how many they are; memory does not grow.
+
+    Raises InputError for no rows at all and for a full disk, and whatever the making of a row raises.
+    """
+    rows = iter(rows)
+    if (first := next(rows, None)) is None:
+        raise InputError(f"a Parquet file holds at least one row, but there are none to write to {path}")
     with TemporaryDirectory() as cache, quiet_datasets():
         try:
             table = Dataset.from_generator(
-                _rows, features=FEATURES, cache_dir=cache, gen_kwargs={"episodes": Path(folder) / "episodes.jsonl"}
+                lambda: chain([first], rows), features=features, cache_dir=cache, fingerprint="rows"
             )
         except DatasetGenerationError as error:
-            raise error.__cause__ or error from None
-        table.to_parquet(draft)
-        count = len(table)
-    draft.replace(path)
-    return count
+            cause = error.__cause__ or error
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise InputError(
+                    f"cannot write {path}: no space left in {cache}, where it is drafted; make room, or set TMPDIR "
+                    "to a folder that has some"
+                ) from None
+            raise cause from None
+        write_whole(Path(path), table.to_parquet)
+        return len(table)
 
 
-def _rows(episodes: Path) -> Iterator[Mapping[str, object]]:
+def _rows(episodes: Path) -> Iterator[Row]:
     for episode in read_episodes(episodes):
         problem, grade = episode.transcript.problem, episode.grade
         yield {

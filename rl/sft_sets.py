@@ -8,16 +8,13 @@ are its exact token ids, and those of them that are trained (-100 elsewhere), wh
 the tags are tokens of the vocabulary, and appends a space and the end of sequence to an output that a closing tag ends.
 """
 
-import errno
 import glob
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from datasets import Dataset, Features, List, Value  # type: ignore[import-untyped]
-from datasets.exceptions import DatasetGenerationError  # type: ignore[import-untyped]
 
 from turnwise.agents.chat import ChatTemplate
 from turnwise.agents.transformers_sampling import decode
@@ -27,8 +24,9 @@ from turnwise.environments.problem import Problem
 from turnwise.environments.transcript import Turn
 from turnwise.protocols.long_short import LongShort
 from turnwise.protocols.thinkless import Thinkless
+from turnwise.rl.cold_start.thoughts import Dropped
 from turnwise.rl.demonstrations import Conversation, demonstrate, tokenised
-from turnwise.rl.run_folder import write_whole
+from turnwise.rl.parquet import Row, write_rows
 from turnwise.rl.sft import UNTRAINED
 from turnwise.rl.trajectory import TokenSequence
 
@@ -40,7 +38,6 @@ FEATURES = Features(
         "tokenizer": Value("string"),
     }
 )
-Row = Mapping[str, object]
 
 
 def long_short_rows(problem: Problem, dialogue: Sequence[tuple[str, str]], template: ChatTemplate) -> list[Row]:
@@ -95,12 +92,21 @@ def thinkless_rows(problem: Problem, think: str, short: str, template: ChatTempl
     return [answer("<think>", think), answer("<short>", short)]
 
 
-def paired_rows(pairs: Iterable[tuple[Problem, str, str]], template: ChatTemplate, *, seed: int = 0) -> Iterator[Row]:
-    """The rows of many (problem, think, short): the pairs in an order shuffled by `seed`, each pair's rows together."""
-    order = list(pairs)
-    random.Random(f"pairs {seed}").shuffle(order)
-    for problem, think, short in order:
-        yield from thinkless_rows(problem, think, short, template)
+def paired_rows(
+    pairs: Iterable[tuple[Problem, str, str]], template: ChatTemplate, *, seed: int = 0
+) -> tuple[list[Row], list[Dropped]]:
+    """The rows of many (problem, think, short): the pairs in an order shuffled by `seed`, each pair's rows together.
+
+    A pair that `thinkless_rows` refuses is left out, and said.
+    """
+    taken, dropped = list[list[Row]](), list[Dropped]()
+    for problem, think, short in pairs:
+        try:
+            taken.append(thinkless_rows(problem, think, short, template))
+        except InputError as error:
+            dropped.append(Dropped(problem.id, "pairs", str(error)))
+    random.Random(f"pairs {seed}").shuffle(taken)
+    return [row for rows in taken for row in rows], dropped
 
 
 def _row(id_: str, said: Conversation, template: ChatTemplate) -> Row:
@@ -114,28 +120,8 @@ def _row(id_: str, said: Conversation, template: ChatTemplate) -> Row:
 
 
 def write_set(path: str | Path, rows: Iterable[Row]) -> int:
-    """Writes rows to a Parquet file, whole or not at all, and returns how many they are; memory does not grow.
-
-    Raises InputError for no rows at all and for a full disk, and whatever the making of a row raises.
-    """
-    rows = iter(rows)
-    if (first := next(rows, None)) is None:
-        raise InputError(f"a set holds at least one row, but there are none to write to {path}")
-    with TemporaryDirectory() as cache, quiet_datasets():
-        try:
-            table = Dataset.from_generator(
-                lambda: chain([first], rows), features=FEATURES, cache_dir=cache, fingerprint="set"
-            )
-        except DatasetGenerationError as error:
-            cause = error.__cause__ or error
-            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise InputError(
-                    f"cannot write {path}: no space left in {cache}, where a set is drafted; make room, or set TMPDIR "
-                    "to a folder that has some"
-                ) from None
-            raise cause from None
-        write_whole(Path(path), table.to_parquet)
-        return len(table)
+    """Writes rows to a Parquet file and returns how many they are. Raises InputError as `write_rows` does."""
+    return write_rows(path, rows, FEATURES)
 
 
 def read_set(path: str | Path, template: ChatTemplate, *, longest: int | None = None) -> list[TokenSequence]:

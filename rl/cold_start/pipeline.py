@@ -6,11 +6,12 @@ matter stay long, have the others written anew. A chain that cannot be used is l
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import orjson
+from datasets import Features, Value  # type: ignore[import-untyped]
 
 from turnwise.agents.agent import Agent
 from turnwise.environments.environment import Environment, Grader, Outcome
@@ -25,8 +26,21 @@ from turnwise.rl.cold_start.metric import misfires, random_scores, score_errors,
 from turnwise.rl.cold_start.rollouts import Continuation, RolloutSettings, RolloutStore, counts_of, draw
 from turnwise.rl.cold_start.thoughts import Chain, CountTokens, Dropped, WeighedChain, count_words, steps_of
 from turnwise.rl.episode_store import EpisodeStore
+from turnwise.rl.parquet import Row, write_rows
 from turnwise.rl.rollout import in_order, rollout
 from turnwise.rl.run_folder import Run, write_whole
+
+FEATURES = Features(
+    {
+        **{name: Value("string") for name in ("id", "kind", "text")},
+        **{
+            name: Value("int64") for name in ("place", "tokens", "right_before", "rollouts_before", "right", "rollouts")
+        },
+        **{name: Value("float64") for name in ("rollout_tokens", "score", "error", "misfire")},
+        "long": Value("bool"),
+    }
+)
+"""Of thoughts.parquet, one row a thought: `place` counts from 1; `right_before` of `rollouts_before` are P_{i−1}."""
 
 OnProgress = Callable[[str, int, int], None]
 """Told of a stage, how much of it is done, and of how much at the most."""
@@ -114,7 +128,7 @@ class ColdStart:
     ) -> list[WeighedChain]:
         """What each thought is worth, by continuations of the base model, and which thoughts stay long.
 
-        A chain is dropped where all continuations of one of its prefixes failed.
+        A chain is dropped where all continuations of one of its prefixes failed. Writes thoughts.parquet.
         """
         with RolloutStore(self.folder / "rollouts", self._run(protocol)) as store:
             addressed = [_addressed(chain) for chain in chains]
@@ -138,6 +152,8 @@ class ColdStart:
                     reason = f"no continuation from the first {missing} thoughts came to an end: {error}"
                     self.dropped.append(Dropped(chain.problem.id, "rollouts", reason))
         self._report()
+        if weighed:
+            write_rows(self.folder / "thoughts.parquet", _rows(weighed), FEATURES)
         return weighed
 
     def complete(self, weighed: Sequence[WeighedChain], completer: Agent) -> list[tuple[Problem, Dialogue]]:
@@ -222,6 +238,18 @@ def _weighed(
         misfires=tuple(misfires(counts)),
         long=tuple(assign(scores)),
     )
+
+
+def _rows(weighed: Iterable[WeighedChain]) -> Iterator[Row]:
+    for one in weighed:
+        for place, thought in enumerate(one.chain.thoughts):
+            yield {
+                "id": one.chain.problem.id, "kind": thought.kind, "text": thought.text, "place": place + 1,
+                "tokens": thought.tokens, "right_before": one.right[place], "rollouts_before": one.rollouts[place],
+                "right": one.right[place + 1], "rollouts": one.rollouts[place + 1],
+                "rollout_tokens": one.rollout_tokens[place + 1], "score": one.scores[place],
+                "error": one.errors[place], "misfire": one.misfires[place], "long": one.long[place],
+            }  # fmt: skip
 
 
 def _addressed(chain: Chain) -> Chain:

@@ -311,18 +311,28 @@ def answers(number: int) -> list[tuple[Problem, str, str]]:
 
 
 def test_pairs_are_shuffled_as_pairs_and_then_flattened() -> None:
-    ids = [one["id"] for one in paired_rows(answers(20), TEMPLATE, seed=1)]
+    ids = [one["id"] for one in paired_rows(answers(20), TEMPLATE, seed=1)[0]]
     order = [str(think).partition("/")[0] for think in ids[::2]]
     assert ids == [f"{problem}/{mode}" for problem in order for mode in ("<think>", "<short>")]
     assert sorted(order) == sorted(f"p{place}" for place in range(20))
     assert order != [f"p{place}" for place in range(20)]
-    assert ids == [one["id"] for one in paired_rows(iter(answers(20)), TEMPLATE, seed=1)]
-    assert ids != [one["id"] for one in paired_rows(answers(20), TEMPLATE, seed=2)]
+    assert ids == [one["id"] for one in paired_rows(iter(answers(20)), TEMPLATE, seed=1)[0]]
+    assert ids != [one["id"] for one in paired_rows(answers(20), TEMPLATE, seed=2)[0]]
+
+
+def test_a_pair_that_cannot_be_used_is_left_out_and_said() -> None:
+    pairs = answers(3)
+    pairs[1] = (pairs[1][0], "never finished", "1")
+    rows, dropped = paired_rows(pairs, TEMPLATE)
+    assert sorted(str(row["id"]) for row in rows) == ["p0/<short>", "p0/<think>", "p2/<short>", "p2/<think>"]
+    ((id_, stage, reason),) = [(one.id, one.stage, one.reason) for one in dropped]
+    assert (id_, stage) == ("p1", "pairs")
+    assert reason.endswith("for 'p1', <think> got 'never finished'")
 
 
 def test_each_pair_is_what_it_would_be_alone() -> None:
     expected = {one["id"]: one for each in answers(5) for one in thinkless_rows(*each, TEMPLATE)}
-    assert {one["id"]: one for one in paired_rows(answers(5), TEMPLATE)} == expected
+    assert {one["id"]: one for one in paired_rows(answers(5), TEMPLATE)[0]} == expected
 
 
 @given(
@@ -354,7 +364,7 @@ def test_shuffling_leaves_all_else_alone() -> None:
     random.seed(5)
     state, sequences = random.getstate(), [sequence(2, 1, start) for start in range(9)]
     list(islice(shuffled(sequences, seed=1), 30))
-    list(paired_rows(answers(5), TEMPLATE))
+    paired_rows(answers(5), TEMPLATE)
     assert random.getstate() == state
     assert sequences == [sequence(2, 1, start) for start in range(9)]
     assert list(shuffled([], seed=0)) == []
@@ -459,7 +469,7 @@ def test_what_is_wrong_with_a_row_is_said_as_it_was_and_the_old_set_stays(
 
 def test_a_set_has_rows(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"^a set holds at least one row, but there are none to write to .*set\.parquet$"
+        InputError, match=r"^a Parquet file holds at least one row, but there are none to write to .*set\.parquet$"
     ):
         write_set(tmp_path / "set.parquet", [])
     assert list(tmp_path.iterdir()) == []

@@ -96,7 +96,7 @@ def test_wrong_ones_are_as_right_ones(counts: tuple[int, int, int], z: float) ->
         # Whether the first gained is open: if not, then the last may be the record, with the 0 that it is worth.
         ([100, 100, 300], [(9, 32), (10, 32), (14, 32), (32, 32)], {0, 1, 2, 3}),
         # The first stays long in any case, but what it scores may be more or less than what the second surely does.
-        ([100, 100, 300], [(0, 64), (10, 32), (26, 64), (64, 64)], {1}),
+        ([100, 100, 300], [(0, 64), (15, 48), (26, 64), (64, 64)], {1}),
         # None gained surely, and to meet what the first has at the least is no record.
         ([100, 100], [(0, 32), (0, 32), (0, 64)], set()),
         # The second may still gain, or else meet the first.
