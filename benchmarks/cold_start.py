@@ -171,7 +171,7 @@ def show_stopping(count: int, samples: int = 128, batch: int = 8) -> None:
         for _ in range(count):
             lengths, success = simulated(rng, kind)
             chains.append((lengths, [[rng.random() < share for _ in range(samples)] for share in success]))
-        for z in (0.67, 1.28, 1.96, 2.58):
+        for z in (0.67, 1.15, 1.64, 1.96):
             same, drawn = list[list[bool]](), 0
             for lengths, outcomes in chains:
                 counts = stopped(lengths, outcomes, batch, z)

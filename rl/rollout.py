@@ -112,16 +112,17 @@ async def rollout(
         await ended.put(None)
 
     workers = asyncio.create_task(work_all())
-    failures, total = list[str](), 0
+    failures, first, total = 0, "", 0
     try:
         while (episode := await ended.get()) is not None:
             total += 1
-            failures += [f"{episode.id}: {episode.error}"] if episode.error else []
+            if episode.error:
+                failures, first = failures + 1, first or f"{episode.id}: {episode.error}"
             yield episode
             if total >= 20:
-                _check_failures(failures, total, max_failed_share)
+                _check_failures(failures, first, total, max_failed_share)
         await workers
-        _check_failures(failures, total, max_failed_share)
+        _check_failures(failures, first, total, max_failed_share)
     finally:
         workers.cancel()
         await asyncio.gather(workers, return_exceptions=True)
@@ -168,11 +169,10 @@ def _unplayed(environment: Environment, samples: int, store: Store | None) -> It
                 yield problem, sample
 
 
-def _check_failures(failures: Sequence[str], total: int, max_share: float) -> None:
-    if failures and len(failures) > max_share * total:
+def _check_failures(failures: int, first: str, total: int, max_share: float) -> None:
+    if failures > max_share * total:
         raise InputError(
-            f"{len(failures)} of {total} episodes failed, over the allowed share of {max_share:.0%}; "
-            f"the first: {failures[0]}"
+            f"{failures} of {total} episodes failed, over the allowed share of {max_share:.0%}; the first: {first}"
         )
 
 

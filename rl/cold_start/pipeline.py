@@ -6,6 +6,7 @@ matter stay long, have the others written anew. A chain that cannot be used is l
 
 import asyncio
 import hashlib
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -97,8 +98,13 @@ class ColdStart:
     ) -> list[Chain]:
         """The chains of the problems, each in its problem's `solution`, as thoughts; wrong ones are dropped.
 
-        Without a `chunker`, by rules. `count_tokens` is the length of a text for the base model.
+        Without a `chunker`, by rules. `count_tokens` is the length of a text for the base model. Raises InputError
+        where two problems have one id.
         """
+        if twice := [id_ for id_, count in Counter(problem.id for problem in problems).items() if count > 1]:
+            raise InputError(
+                f"each chain needs an id of its own; {twice[0]!r} stands more than once: rename or remove it"
+            )
         right = self._right(problems, [problem.solution for problem in problems], "reading", "its own answer is")
         requests = {problem.id: chunking_request(problem) for problem in right}
         if chunker is None:
@@ -128,8 +134,12 @@ class ColdStart:
     ) -> list[WeighedChain]:
         """What each thought is worth, by continuations of the base model, and which thoughts stay long.
 
-        A chain is dropped where all continuations of one of its prefixes failed. Writes thoughts.parquet.
+        A chain is dropped where all continuations of one of its prefixes failed. Writes thoughts.parquet. Raises
+        InputError for `stop_early` with another score or rule than the paper's, for which alone it can tell what
+        further rollouts would change.
         """
+        if settings.stop_early and (score is not by_metric or assign is not stays_long):
+            raise InputError("stop_early works with the scores M and strict records alone; draw all samples instead")
         with RolloutStore(self.folder / "rollouts", self._run(protocol)) as store:
             addressed = [_addressed(chain) for chain in chains]
             most = settings.samples * sum(len(chain.thoughts) + 1 for chain in chains)

@@ -39,7 +39,7 @@ class RolloutSettings(BaseModel):
     samples: PositiveInt = 8
     stop_early: bool = False
     batch: PositiveInt = 8
-    z: PositiveFloat = 1.28
+    z: PositiveFloat = 1.15
     concurrency: PositiveInt = 64
 
     @property

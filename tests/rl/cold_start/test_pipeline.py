@@ -206,3 +206,22 @@ def test_other_scores_and_another_rule_take_the_place_of_the_papers(tmp_path: Pa
     ((_, dialogue), _) = stages.complete([every, other], ScriptedAgent(completer))
     everything = "\n\n".join(THOUGHTS)
     assert dialogue == [("long", f"<think>{everything}</think>"), ("short", "<answer>\\boxed{3}</answer>")]
+
+
+def test_two_chains_of_one_id_are_refused(tmp_path: Path, grader: MathGrader) -> None:
+    with pytest.raises(InputError, match="each chain needs an id of its own; 'b' stands more than once"):
+        ColdStart(tmp_path, grader).chunk([problem("a"), problem("b"), problem("b", "Other.", "\\boxed{3}")])
+
+
+def test_stopping_early_is_for_the_papers_scores_and_records_alone(tmp_path: Path, grader: MathGrader) -> None:
+    stages, early = ColdStart(tmp_path, grader), RolloutSettings(samples=8, batch=4, stop_early=True)
+    chains = stages.chunk([problem()])
+    with pytest.raises(InputError, match="stop_early works with the scores M and strict records alone"):
+        stages.weigh(chains, ScriptedAgent(base), PROTOCOL, early, score=by_chance)
+    with pytest.raises(InputError, match="stop_early works with"):
+        stages.weigh(chains, ScriptedAgent(base), PROTOCOL, early, assign=lambda scores: at_least(scores, 0))
+    (full,) = weigh(stages, chains)
+    nobody = ScriptedAgent(["nobody is asked again"] * 0)
+    (stopped,) = stages.weigh(chains, nobody, PROTOCOL, early)
+    assert sum(stopped.rollouts) < sum(full.rollouts)
+    assert stopped.long == full.long

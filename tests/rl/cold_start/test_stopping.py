@@ -194,9 +194,9 @@ def rises(rng: random.Random, thoughts: int) -> list[float]:
     return [first + (last - first) * place / thoughts for place in range(thoughts + 1)]
 
 
-@pytest.mark.parametrize(("kind", "share"), [(leaps, 0.5), (wanders, 0.5), (rises, 0.55)])
+@pytest.mark.parametrize("kind", [leaps, wanders, rises])
 def test_fewer_samples_assign_nearly_all_thoughts_as_all_samples_do(
-    kind: Callable[[random.Random, int], list[float]], share: float
+    kind: Callable[[random.Random, int], list[float]],
 ) -> None:
     rng, z = random.Random(0), RolloutSettings().z
     same, thoughts, drawn, most = 0, 0, 0, 0
@@ -210,4 +210,4 @@ def test_fewer_samples_assign_nearly_all_thoughts_as_all_samples_do(
         drawn += sum(taken for _, taken in counts)
         most += 128 * len(outcomes)
     assert same >= 0.97 * thoughts
-    assert drawn <= share * most
+    assert drawn <= most / 2
