@@ -2,7 +2,8 @@
 
     python examples/cold_start.py                       # tiny models on arithmetic; some six minutes on one core
     python examples/cold_start.py --chains r1.jsonl --base Qwen/Qwen2.5-7B-Instruct --opening "" --closing "" \\
-        --rollout-tokens 4096 --chunker Qwen/Qwen2.5-72B-Instruct --completer Qwen/Qwen2.5-72B-Instruct
+        --rollout-tokens 4096 --chunker Qwen/Qwen2.5-72B-Instruct --completer Qwen/Qwen2.5-72B-Instruct \\
+        --test math-500 --max-tokens 4096 --sft.learning-rate 1e-5 --device cuda
 
 A file of chains has the columns "problem", "answer" and "response". The output folder gets what each thought is worth
 (thoughts.parquet), the sets D_long and D_short, figures, and the two models. Killed, it goes on by the same command.
@@ -13,6 +14,7 @@ short thoughts of arithmetic.
 """
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +25,9 @@ from turnwise.agents.scripted import ScriptedAgent
 from turnwise.agents.tiny import LONG, NOVICE
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
 from turnwise.analysis.tables import left_out
-from turnwise.cli import fine_tune_shown, play_shown, run_configured, show_results, show_thoughts, stages_shown
+from turnwise.cli import (
+    fine_tune_shown, open_environment, play_shown, run_configured, show_results, show_thoughts, stages_shown,
+)  # fmt: skip
 from turnwise.environments.arithmetic import arithmetic
 from turnwise.environments.benchmarks import Columns, load_problems
 from turnwise.environments.errors import InputError
@@ -48,6 +52,7 @@ class Config(BaseModel):
     chunker: str | None = None
     completer: str | None = None
     problems: PositiveInt = 500
+    test: str = "mixed"
     test_problems: PositiveInt = 200
     opening: str = "<think>"
     closing: str = "</think>"
@@ -61,8 +66,11 @@ class Config(BaseModel):
     output: Path = Path("runs/cold_start")
 
     def agent(self, model: str, temperature: float) -> TransformersAgent:
-        """A model as an agent."""
-        return TransformersAgent(TransformersEngine.load(model, device=self.device), temperature=temperature)
+        """A model as an agent; two of one model share its weights."""
+        return TransformersAgent(load(model, device=self.device), temperature=temperature)
+
+
+load = cache(TransformersEngine.load)
 
 
 def main(config: Config) -> None:
@@ -70,7 +78,7 @@ def main(config: Config) -> None:
     console, output = Console(), config.output
     base = config.agent(config.base, 1.0)
     template = base.engine.template
-    alone = Solo("long", max_tokens=1024, prefill=config.opening, answer_after="</think>")
+    alone = Solo("long", max_tokens=4 * config.max_tokens, prefill=config.opening, answer_after=config.closing)
     if config.chains and not config.completer:
         raise InputError("the rule that writes short thoughts knows arithmetic alone; name a model with --completer")
     with MathGrader() as grader:
@@ -93,7 +101,8 @@ def main(config: Config) -> None:
             score = by_metric if config.scores == "metric" else by_chance
             weighed = stages.weigh(chains, base, protocol, config.rollouts, score=score)
             dialogues = stages.complete(weighed, config.agent(config.completer, 0.1) if config.completer else rule)
-        console.print(left_out(stages.dropped, kept=len(dialogues)))
+        if stages.dropped:
+            console.print(left_out(stages.dropped, kept=len(dialogues)))
         show_thoughts({config.rollouts.samples: weighed}, console, folder=output / "figures")
 
         rows = [row for problem, dialogue in dialogues for row in long_short_rows(problem, dialogue, template)]
@@ -104,9 +113,9 @@ def main(config: Config) -> None:
                 config.base, data, config.sft, output / seat, console, seed=config.seed, device=config.device
             )
 
-        test = arithmetic(grader, count=config.test_problems)
+        test = open_environment(config.test, grader, number=config.test_problems, seed=0)
         together = LongShort(long_tokens=config.max_tokens, short_tokens=config.max_tokens)
-        trained = {seat: config.agent(str(output / seat), 0.6) for seat in ("long", "short")}
+        trained = {seat: config.agent(str(output / seat / "model"), 0.6) for seat in ("long", "short")}
         untrained = dict.fromkeys(("long", "short"), config.agent(config.base, 0.6))
         played = {
             "trained": (together, trained),

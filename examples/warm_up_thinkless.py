@@ -64,12 +64,13 @@ def main(config: Config) -> None:
         template = TransformersEngine.load(config.student).template
         pairs = [(one, one.solution, other.solution) for one, other in zip(think, short, strict=True)]
         rows, dropped = paired_rows(pairs, template, seed=config.seed)
-        console.print(left_out(dropped, kept=len(rows) // 2, title="Pairs left out"))
+        if dropped:
+            console.print(left_out(dropped, kept=len(rows) // 2, title="Pairs left out"))
         write_set(data, rows)
         fine_tune_shown(
             config.student, data, config.sft, config.output / "router", console, seed=config.seed, together=2
         )
-        team = {"solver": TransformersAgent(TransformersEngine.load(config.output / "router"))}
+        team = {"solver": TransformersAgent(TransformersEngine.load(config.output / "router" / "model"))}
         test = arithmetic(grader, count=config.test_problems)
         protocols = {"its own choice": Thinkless(), "always think": Thinkless(mode="think")}
         protocols["never think"] = Thinkless(mode="short")

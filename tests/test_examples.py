@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -41,6 +43,7 @@ SMALL = (
     "--training.steps", "2", "--training.problems", "3", "--training.samples", "2", "--train-problems", "12",
     "--test-problems", "6",
 )  # fmt: skip
+FEW_STEPS = ("--sft.steps", "2", "--sft.batch-size", "4")
 TRAINING = sorted(path.name for path in (ROOT / "examples").glob("train_*.py"))
 
 
@@ -95,6 +98,34 @@ def test_train_thinkless(tmp_path: Path) -> None:
     assert [name for name in results["controls"] if "always think, cut short" in name]
     assert re.search(r"^step    0  .*, thinks \d+%$", printed, re.MULTILINE)
     assert re.search(r"round 1, solver: .*(<short>|<think>) \d+%", printed)
+
+
+def test_cold_start_and_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    flags = ("--problems", "8", "--test-problems", "6", "--rollouts.samples", "4", "--max-tokens", "40", *FEW_STEPS)
+    printed = run("cold_start.py", *flags, "--output", str(tmp_path / "run"))
+    assert "Thoughts of 8 chains" in printed
+    assert re.search(r"^rollouts +━+ (\d+)/\1 ", printed, re.MULTILINE)
+    assert re.search(r"^long +━+ 2/2 .*\nshort +━+ 2/2 ", printed, re.MULTILINE)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["runs"]) == ["trained", "base, prompt only", "base, thinking alone"]
+    made = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert made >= {
+        "D_long.parquet", "D_short.parquet", "thoughts.parquet", "dropped.jsonl", "figures/success.png",
+        "figures/scores.png", "figures/chain.png", "long/model/model.safetensors", "short/model/model.safetensors",
+    }  # fmt: skip
+    again = run("cold_start.py", *flags, "--output", str(tmp_path / "run"))
+    assert not re.search("^(long|short) ", again, re.MULTILINE)
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+
+
+def test_warm_up_thinkless(tmp_path: Path) -> None:
+    printed = run(
+        "warm_up_thinkless.py", "--problems", "8", "--test-problems", "6", *FEW_STEPS, "--output", str(tmp_path)
+    )
+    assert re.search(r"^router +━+ 2/2 ", printed, re.MULTILINE)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["runs"]) == ["its own choice", "always think", "never think"]
+    assert len(pq.read_table(tmp_path / "pairs.parquet")) == 16
 
 
 def test_train_new_protocol(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What the command line and the examples share: problems by name, progress to watch, and one-line errors."""
 
 import asyncio
+import hashlib
 import sys
 import tomllib
 from argparse import ArgumentError, ArgumentParser
@@ -27,7 +28,7 @@ from turnwise.environments.errors import InputError
 from turnwise.protocols.graph import GraphProtocol
 from turnwise.rl.episode_store import EpisodeStore
 from turnwise.rl.rollout import Team, in_order, rollout
-from turnwise.rl.run_folder import write_whole
+from turnwise.rl.run_folder import claim, write_whole
 from turnwise.rl.summary import Summary, record
 
 if TYPE_CHECKING:
@@ -301,30 +302,34 @@ def fine_tune_shown(
     together: int = 1,
     device: str = "cpu",
 ) -> None:
-    """Fine-tunes a model on a set of `turnwise.rl.sft_sets` and writes it to `output`, once; killed, it goes on.
+    """Fine-tunes a model on a set of `turnwise.rl.sft_sets`; the result is the folder `model` within `output`.
 
-    The set is read over and over in an order of `seed`, in which `together` neighbouring rows stay neighbours.
+    The set is read over and over in an order of `seed`, in which `together` neighbouring rows stay neighbours. Killed,
+    it goes on by the same call; done, it is not done again. Raises InputError where `output` is of another training.
     """
     from turnwise.agents.transformers_engine import TransformersEngine  # torch: only where it is needed
     from turnwise.rl.sft import train
     from turnwise.rl.sft_sets import read_set, shuffled
 
-    if output.exists():
+    digest = hashlib.blake2b(data.read_bytes(), digest_size=8).hexdigest()
+    described = {"model": model, "data": digest, "settings": settings.model_dump_json(), "order": f"{seed} {together}"}
+    claim(output, described)
+    if (output / "model").exists():
         return
     engine = TransformersEngine.load(model, device=device)
     sequences = read_set(data, engine.template, longest=engine.context)
     with stages_shown(console) as on_progress:
         train(
             engine.model, shuffled(sequences, seed=seed, together=together), settings,
-            checkpoint=output.with_suffix(".pt"),
-            on_step=lambda step, loss: on_progress(f"{data.stem} model", step, settings.steps),
+            checkpoint=output / "checkpoint.pt",
+            on_step=lambda step, loss: on_progress(output.name, step, settings.steps),
         )  # fmt: skip
 
     def save(folder: Path) -> None:
         engine.model.save_pretrained(folder)
         engine.tokenizer.save_pretrained(folder)
 
-    write_whole(output, save)
+    write_whole(output / "model", save)
 
 
 def show_thoughts(by_samples: "Mapping[int, Sequence[WeighedChain]]", console: Console, *, folder: Path) -> None:
@@ -336,7 +341,8 @@ def show_thoughts(by_samples: "Mapping[int, Sequence[WeighedChain]]", console: C
 
     weighed = by_samples[max(by_samples)]
     console.print(thoughts.thought_statistics(weighed), thoughts.kinds(weighed))
-    console.print(thoughts.savings(weighed, max(by_samples)))
+    if any(drawn < max(by_samples) for one in weighed for drawn in one.rollouts):
+        console.print(thoughts.savings(weighed, max(by_samples)))
     folder.mkdir(parents=True, exist_ok=True)
     thoughts.success_by_thoughts(weighed).savefig(folder / "success.png")
     thoughts.scores_by_position(by_samples).savefig(folder / "scores.png")
