@@ -26,7 +26,13 @@ from turnwise.agents.tiny import LONG, NOVICE
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
 from turnwise.analysis.tables import left_out
 from turnwise.cli import (
-    fine_tune_shown, open_environment, play_shown, run_configured, show_results, show_thoughts, stages_shown,
+    fine_tune_shown,
+    open_environment,
+    play_shown,
+    run_configured,
+    show_results,
+    show_thoughts,
+    stages_shown,
 )  # fmt: skip
 from turnwise.environments.arithmetic import arithmetic
 from turnwise.environments.benchmarks import Columns, load_problems

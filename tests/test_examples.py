@@ -101,7 +101,7 @@ def test_train_thinkless(tmp_path: Path) -> None:
 
 
 def test_cold_start_and_what_is_done_is_not_done_again(tmp_path: Path) -> None:
-    flags = ("--problems", "8", "--test-problems", "6", "--rollouts.samples", "4", "--max-tokens", "40", *FEW_STEPS)
+    flags = ("--problems", "8", "--test-problems", "6", "--rollouts.samples", "4", *FEW_STEPS)
     printed = run("cold_start.py", *flags, "--output", str(tmp_path / "run"))
     assert "Thoughts of 8 chains" in printed
     assert re.search(r"^rollouts +━+ (\d+)/\1 ", printed, re.MULTILINE)
