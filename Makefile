@@ -11,8 +11,8 @@ help:
 	@echo "make demo         two tiny language models solve problems in turns"
 	@echo "make test         all tests, with coverage"
 	@echo "make check        formatting, lint, types, layers"
-	@echo "make bench        what a turn, a sampled token and a trained token cost, beside other libraries"
-	@echo "make studies      both papers on a laptop: every training run behind docs/results (about two hours)"
+	@echo "make bench        what a turn, a token, a trained token and a rollout cost, beside other libraries"
+	@echo "make studies      both papers on a laptop: every training run behind docs/results (two to three hours)"
 	@echo "make tiny-models  train the shipped models anew, into runs/tiny (some fifty minutes)"
 
 demo: $(VENV)/local
@@ -31,8 +31,10 @@ bench: $(VENV)/bench
 	$(RUN)/python benchmarks/turns.py
 	$(RUN)/python benchmarks/engine.py
 	$(RUN)/python benchmarks/train_step.py
+	$(RUN)/python benchmarks/cold_start.py
 
-studies: $(VENV)/train
+studies: $(VENV)/cold-start
+	$(RUN)/python benchmarks/cold_start_study.py
 	$(RUN)/python benchmarks/thinkless_study.py
 	$(RUN)/python benchmarks/longshort_study.py
 

@@ -296,7 +296,7 @@ def _label(axes: Axes, places: Sequence[int], chains: Sequence[int]) -> None:
     """Ticks at some of the places, a dozen at the most, each with its number of chains in brackets."""
     shown = slice(None, None, ceil(len(places) / 12))
     labels = [f"{place}\n({number})" for place, number in zip(places, chains, strict=True)]
-    axes.set_xticks(places[shown], labels[shown])
+    axes.set_xticks(places[shown], labels[shown], fontsize=8)
 
 
 def _thoughts(weighed: WeighedChain) -> list[tuple[Thought, float, bool]]:
