@@ -49,7 +49,7 @@ def main(
     full, stopped = weighed_again(runs, console)
     saved = stopping(full[max(SAMPLES)], stopped)
     console.print(
-        f"{CHAINS} chains, sequential stopping against {max(SAMPLES)} continuations of each prefix: "
+        f"{CHAINS} of the chains, sequential stopping against {max(SAMPLES)} continuations of each prefix: "
         f"{saved['same thoughts']:.1%} of thoughts and {saved['same chains']:.1%} of chains assigned alike, "
         f"for {saved['share drawn']:.1%} of the continuations"
     )
@@ -63,7 +63,8 @@ def main(
 
 def flags(scores: str, seed: int) -> list[str]:
     """How a run differs from the example as it stands."""
-    return [*(["--scores", scores] if scores != "metric" else []), "--seed", str(seed)]
+    chance = [] if scores == "metric" else ["--scores", scores]
+    return [*chance, "--seed", str(seed), "--test-problems", "400"]
 
 
 def outcomes(runs: Path) -> dict[str, list[dict[str, float]]]:

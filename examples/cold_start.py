@@ -65,7 +65,7 @@ class Config(BaseModel):
     rollout_tokens: PositiveInt = 16
     rollouts: RolloutSettings = RolloutSettings(samples=8)
     scores: Literal["metric", "chance"] = "metric"
-    sft: SFTSettings = SFTSettings(steps=150, batch_size=64, learning_rate=1e-3, weight_decay=0.01)
+    sft: SFTSettings = SFTSettings(steps=150, learning_rate=2e-3, weight_decay=0.01)
     max_tokens: PositiveInt = 256
     device: str = "cpu"
     seed: int = 0

@@ -39,7 +39,7 @@ class Config(BaseModel):
     student: str = str(NOVICE)
     problems: PositiveInt = 600
     test_problems: PositiveInt = 200
-    sft: SFTSettings = SFTSettings(steps=150, batch_size=64, learning_rate=1e-3, weight_decay=0.01)
+    sft: SFTSettings = SFTSettings(steps=150, learning_rate=2e-3, weight_decay=0.01)
     seed: int = 0
     output: Path = Path("runs/warm_up_thinkless")
 
