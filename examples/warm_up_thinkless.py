@@ -1,7 +1,9 @@
 """Stage 1 of Thinkless: a model learns, from pairs of a long and a short answer, to open with `<think>` or `<short>`.
 
     python examples/warm_up_thinkless.py                # answers of the tiny models on arithmetic; some four minutes
-    python examples/warm_up_thinkless.py --pairs pairs.jsonl --student deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B
+    python examples/warm_up_thinkless.py --pairs pairs.jsonl --student deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B \\
+        --sft.learning-rate 1e-5 --sft.batch-size 128 --sft.micro-batch-size 1 --longest 16384 --device cuda \\
+        --test math-500 --max-tokens 24576
 
 A file of pairs has the columns "problem", "answer", "think" (reasoning, `</think>`, solution) and "short". Each pair
 gives two independent samples; both modes end about equally likely, whatever the problem. The control tokens must be
@@ -14,12 +16,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from rich.console import Console
 
+from turnwise import cli
 from turnwise.agents.tiny import LONG, NOVICE, ROUTER
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
 from turnwise.analysis.tables import left_out
-from turnwise.cli import fine_tune_shown, play_shown, run_configured, show_results
 from turnwise.environments.arithmetic import arithmetic
-from turnwise.environments.benchmarks import Columns, load_problems
 from turnwise.environments.math_grader import MathGrader
 from turnwise.environments.problem import Problem
 from turnwise.protocols.solo import Solo
@@ -34,26 +35,39 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     pairs: Path | None = None
+    problems: PositiveInt = 600
     long_teacher: str = str(LONG)
     short_teacher: str = str(ROUTER)
     student: str = str(NOVICE)
-    problems: PositiveInt = 600
-    test_problems: PositiveInt = 200
+    longest: PositiveInt | None = None
     sft: SFTSettings = SFTSettings(steps=150, learning_rate=2e-3, weight_decay=0.01)
+    test: str = "mixed"
+    test_problems: PositiveInt = 200
+    max_tokens: PositiveInt = 1024
+    device: str = "cpu"
     seed: int = 0
     output: Path = Path("runs/warm_up_thinkless")
 
 
 def answered(config: Config, mode: str, grader: MathGrader, console: Console) -> list[Problem]:
-    """The problems with the answers of one mode as their solutions: from the file, or by a teacher."""
+    """The problems with the answers of one mode as their solutions: from the file, or by a teacher.
+
+    A teacher's answer is empty where it was cut off, or thought and wrong. Short ones may be wrong, or hard problems
+    would have no pair.
+    """
     if config.pairs:
-        return list(load_problems(config.pairs, columns=Columns(solution=mode), limit=config.problems).problems)
+        return list(cli.read_problems(config.pairs, number=config.problems, solution=mode))
     problems = arithmetic(grader, count=config.problems, split="train", seed=config.seed)
-    protocol = Solo(max_tokens=1024, answer_after="</think>") if mode == "think" else Thinkless(mode="short")
-    model = config.long_teacher if mode == "think" else config.short_teacher
-    team = {"solver": TransformersAgent(TransformersEngine.load(model), temperature=0.6)}
-    said = play_shown(mode, protocol, team, problems, console, output=config.output, settings={"teacher": model})
-    return [replace(episode.transcript.problem, solution=episode.transcript.text) for episode in said]
+    think = mode == "think"
+    protocol = Solo(max_tokens=config.max_tokens, answer_after="</think>") if think else Thinkless(mode="short")
+    model = config.long_teacher if think else config.short_teacher
+    team = {"solver": TransformersAgent(TransformersEngine.load(model, device=config.device), temperature=0.6)}
+    said = cli.play_shown(mode, protocol, team, problems, console, output=config.output, settings={"teacher": model})
+    fine = [e.transcript.steps[-1].reply.finish != "length" and (e.right or not think) for e in said]
+    return [
+        replace(e.transcript.problem, solution=e.transcript.text if usable else "")
+        for e, usable in zip(said, fine, strict=True)
+    ]
 
 
 def main(config: Config) -> None:
@@ -67,16 +81,21 @@ def main(config: Config) -> None:
         if dropped:
             console.print(left_out(dropped, kept=len(rows) // 2, title="Pairs left out"))
         write_set(data, rows)
-        fine_tune_shown(
-            config.student, data, config.sft, config.output / "router", console, seed=config.seed, together=2
-        )
-        team = {"solver": TransformersAgent(TransformersEngine.load(config.output / "router" / "model"))}
-        test = arithmetic(grader, count=config.test_problems)
-        protocols = {"its own choice": Thinkless(), "always think": Thinkless(mode="think")}
-        protocols["never think"] = Thinkless(mode="short")
-        runs = {title: play_shown(title, played, team, test, console) for title, played in protocols.items()}
-    show_results(runs, test, console, baseline="always think", results=config.output / "results.json")
+        model = cli.fine_tune_shown(
+            config.student, data, config.sft, config.output / "router", console,
+            seed=config.seed, together=2, longest=config.longest, device=config.device,
+        )  # fmt: skip
+        team = {"solver": TransformersAgent(TransformersEngine.load(model, device=config.device))}
+        test = cli.open_environment(config.test, grader, number=config.test_problems, seed=0)
+        budget = {"short_tokens": config.max_tokens, "think_tokens": config.max_tokens}
+        protocols = {"its own choice": Thinkless(**budget), "always think": Thinkless(mode="think", **budget)}
+        protocols["never think"] = Thinkless(mode="short", **budget)
+        runs = {
+            title: cli.play_shown(title, protocol, team, test, console, output=config.output)
+            for title, protocol in protocols.items()
+        }
+    cli.show_results(runs, test, console, baseline="always think", results=config.output / "results.json")
 
 
 if __name__ == "__main__":
-    run_configured(main, Config)
+    cli.run_configured(main, Config)

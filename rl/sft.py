@@ -37,7 +37,7 @@ class SFTSettings(BaseModel):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip: PositiveFloat = 1.0
-    save_every: PositiveInt = 200
+    save_every: PositiveInt = 50
 
 
 def train(

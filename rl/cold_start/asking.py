@@ -20,10 +20,13 @@ T = TypeVar("T")
 Check = Callable[[Problem, str], object]
 """Reads a reply. Raises InputError, in words that its author can mend it by, where it is not what was asked for."""
 
+_FENCED = re.compile(r"```(?:json)?\s*([\[{].*?)```", re.DOTALL)
 _JSON = re.compile(r"[\[{].*", re.DOTALL)
 # What JSON may escape; any other backslash is one of LaTeX's, whose \boxed, \frac, \right, \times and \neq begin like
 # JSON's \b, \f, \r, \t and \n.
-_ESCAPE = re.compile(r"""(\\["'/\\]|\\u[0-9a-fA-F]{4}|\\[bfrt](?![A-Za-z])|\\n(?!(?:eq?|ot(?:in)?|abla|mid)\b))|\\""")
+_ESCAPE = re.compile(
+    r"""(\\["'/\\]|\\u[0-9a-fA-F]{4}|\\[bfrt](?![A-Za-z])|\\n(?!(?:u|e[gq]?|ot(?:in)?|abla|mid|geq?|leq?|ewline|earrow)\b))|\\"""
+)
 
 
 class Asking(ReasoningProtocol):
@@ -99,7 +102,8 @@ def parse_json(text: str, kind: TypeAdapter[T]) -> T:
     Mended first are the usual slips around it (code fences, a sentence before it) and in it (trailing commas, single
     quotes, comments, LaTeX whose backslashes are not escaped). Raises InputError for anything else.
     """
-    found = _JSON.search(text)
+    fenced = _FENCED.findall(text)
+    found = _JSON.search(fenced[-1] if fenced else text)
     if not found:
         raise InputError(f"JSON was expected; got {text.strip()[:60]!r}")
     try:

@@ -36,7 +36,7 @@ _BLOCKS: TypeAdapter[list[Block]] = TypeAdapter(Annotated[list[Block], BeforeVal
 def chunking_request(problem: Problem) -> Problem:
     """What a model is asked, to cut the chain in `problem.solution` into blocks."""
     steps = steps_of(problem.solution)
-    numbered = "\n".join(f"[{number}] {step.strip()}" for number, step in enumerate(steps, start=1))
+    numbered = "\n".join(f"Step {number}: {step.strip()}" for number, step in enumerate(steps, start=1))
     request = (
         "Below are a problem and somebody's reasoning about it, in numbered steps. Group the steps into blocks of "
         "reasoning: successive steps that pursue one purpose, such as understanding the problem, planning, a "
@@ -98,15 +98,17 @@ def chunk_by_rules(steps: Sequence[str]) -> list[Block]:
     """Blocks by the words that steps begin with ("Wait", "Now", "Alternatively"), without any model.
 
     A block ends where the next step opens with such a word, once it holds its share: a twentieth of the chain's words,
-    so that a chain has about twenty blocks at the most. The first is taken to restate the problem.
+    so that a chain has about twenty blocks at the most. Where no step does, each may end a block. The first block is
+    taken to restate the problem.
     """
     words = [len(step.split()) for step in steps]
     share = sum(words) / MOST_BLOCKS
+    said = [next((kind for kind, opening in _KINDS if opening.match(without_tags(step))), "") for step in steps]
+    opening = said if any(said[1:]) else ["reasoning"] * len(steps)
     starts, kinds, held = list[int](), list[str](), 0
-    for number, step in enumerate(steps, start=1):
-        kind = next((kind for kind, opening in _KINDS if opening.match(without_tags(step))), None)
-        if not starts or (kind and held >= share):
-            kinds.append(kind if kind and starts else "problem understanding")
+    for number, kind in enumerate(opening, start=1):
+        if not starts or (kind and held >= (share or 1)):
+            kinds.append(kind if starts else "problem understanding")
             starts.append(number)
             held = 0
         held += words[number - 1]
@@ -120,7 +122,7 @@ def chunk_by_rules(steps: Sequence[str]) -> list[Block]:
 def chain_of(problem: Problem, blocks: Sequence[Block], count_tokens: CountTokens) -> Chain:
     """The chain of a problem as thoughts. Tokens are counted step by step, as `Continuation` reads them.
 
-    Raises InputError where there are fewer than two thoughts.
+    Raises InputError where there are fewer than two thoughts, and for one of no tokens.
     """
     steps = steps_of(problem.solution)
     check_cover(blocks, len(steps))
@@ -132,4 +134,7 @@ def chain_of(problem: Problem, blocks: Sequence[Block], count_tokens: CountToken
     if len(thoughts) < 2:
         what = "it has no blank line" if len(steps) < 2 else "all of it is one block"
         raise InputError(f"a chain must have at least two thoughts, or there is nothing to weigh; {what}")
+    for number, thought in enumerate(thoughts, start=1):
+        if thought.tokens < 1:
+            raise InputError(f"thought {number} is empty: it has no tokens; remove it from the chain")
     return Chain(problem, thoughts)

@@ -7,7 +7,7 @@ matter stay long, have the others written anew. A chain that cannot be used is l
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from turnwise.rl.cold_start.asking import Asking, Check, CheckGrader
 from turnwise.rl.cold_start.chunking import chain_of, check_blocks, chunk_by_rules, chunking_request
 from turnwise.rl.cold_start.completion import check_contents, completion_request, dialogue_of
 from turnwise.rl.cold_start.metric import misfires, random_scores, score_errors, stays_long, thought_scores
-from turnwise.rl.cold_start.rollouts import Continuation, RolloutSettings, RolloutStore, counts_of, draw
+from turnwise.rl.cold_start.rollouts import Continuation, RolloutSettings, RolloutStore, draw, samples_asked
 from turnwise.rl.cold_start.thoughts import Chain, CountTokens, Dropped, WeighedChain, count_words, steps_of
 from turnwise.rl.episode_store import EpisodeStore
 from turnwise.rl.parquet import Row, write_rows
@@ -37,7 +37,7 @@ FEATURES = Features(
         **{
             name: Value("int64") for name in ("place", "tokens", "right_before", "rollouts_before", "right", "rollouts")
         },
-        **{name: Value("float64") for name in ("rollout_tokens", "score", "error", "misfire")},
+        **{name: Value("float64") for name in ("rollout_tokens_before", "rollout_tokens", "score", "error", "misfire")},
         "long": Value("bool"),
     }
 )
@@ -61,18 +61,18 @@ def by_metric(chain: Chain, success: list[float]) -> list[float]:
     return thought_scores(chain.lengths, success[1:], success[0])
 
 
-def by_chance(chain: Chain, success: list[float]) -> list[float]:
-    """The paper's ablation: scores that say nothing, for each chain the same ones in every run."""
-    return random_scores(len(chain.thoughts), chain.problem.id)
+def by_chance(seed: int) -> Score:
+    """The paper's ablation: scores that say nothing, for each chain the same ones in every run with this seed."""
+    return lambda chain, success: random_scores(len(chain.thoughts), f"{seed} {chain.problem.id}")
 
 
 class ColdStart:
-    """The stages, each to be called once and in order: `chunk`, `weigh`, `complete`.
+    """The stages, in order: `chunk`, `weigh`, `complete`.
 
     No model is asked twice for the same thing: a run that was stopped goes on by the same calls, and one with more
-    chains or more continuations does only what is new. `models` is what must be equal for that (their names, say). What
-    could not be used stands in `dropped`, and in `dropped.jsonl` of the folder. Raises InputError where `folder` holds
-    another run.
+    chains or more continuations does only what is new. For that, `models` names the "chunker", the "base" and the
+    "completer". What could not be used stands in `dropped`, and in `dropped.jsonl` of the folder; `failed` counts the
+    continuations that an exception ended. Raises InputError where a stage's folder is of another model or seed.
     """
 
     def __init__(
@@ -80,18 +80,17 @@ class ColdStart:
         folder: str | Path,
         grader: Grader,
         *,
-        models: Run | None = None,
+        models: Mapping[str, str] | None = None,
         seed: int = 0,
-        concurrency: int = 64,
         on_progress: OnProgress = lambda stage, done, most: None,
     ) -> None:
         self.folder = Path(folder)
         self.grader = grader
         self.models = dict(models or {})
         self.seed = seed
-        self.concurrency = concurrency
         self.on_progress = on_progress
         self.dropped: list[Dropped] = []
+        self.failed = 0
 
     def chunk(
         self, problems: Sequence[Problem], *, chunker: Agent | None = None, count_tokens: CountTokens = count_words
@@ -105,12 +104,13 @@ class ColdStart:
             raise InputError(
                 f"each chain needs an id of its own; {twice[0]!r} stands more than once: rename or remove it"
             )
+        self._begin("reading", "chunking")
         right = self._right(problems, [problem.solution for problem in problems], "reading", "its own answer is")
         requests = {problem.id: chunking_request(problem) for problem in right}
         if chunker is None:
             blocks = {problem.id: chunk_by_rules(steps_of(problem.solution)) for problem in right}
         else:
-            answers = self._ask("chunking", list(requests.values()), check_blocks, chunker)
+            answers = self._ask("chunking", "chunker", list(requests.values()), check_blocks, chunker)
             blocks = {id_: check_blocks(requests[id_], text) for id_, text in answers.items()}
         chains = []
         for problem in right:
@@ -140,22 +140,22 @@ class ColdStart:
         """
         if settings.stop_early and (score is not by_metric or assign is not stays_long):
             raise InputError("stop_early works with the scores M and strict records alone; draw all samples instead")
-        with RolloutStore(self.folder / "rollouts", self._run(protocol)) as store:
+        self._begin("rollouts")
+        with RolloutStore(self.folder / "rollouts", self._run(protocol, "base")) as store:
             addressed = [_addressed(chain) for chain in chains]
             most = settings.samples * sum(len(chain.thoughts) + 1 for chain in chains)
-            held = sum(
-                drawn
-                for chain in addressed
-                for _, drawn in store.counts(chain, [settings.samples] * (len(chain.thoughts) + 1))
-            )
+            held = sum(drawn for chain in addressed for _, drawn in store.counts(chain, _all(chain, settings)))
             stream = draw(addressed, protocol, base, self.grader, settings, store, seed=self.seed)
             asyncio.run(self._follow("rollouts", stream, held, most))
-            counted = counts_of(addressed, settings, store)
+            self.failed = store.failed
             weighed = []
-            for chain, in_store, counts in zip(chains, addressed, counted, strict=True):
+            for chain, in_store, asked in zip(
+                chains, addressed, samples_asked(addressed, settings, store), strict=True
+            ):
+                counts = store.counts(in_store, asked)
                 missing = next((thoughts for thoughts, (_, drawn) in enumerate(counts) if not drawn), None)
                 if missing is None:
-                    tokens = [store.mean_tokens(in_store, thoughts) for thoughts in range(len(counts))]
+                    tokens = [store.mean_tokens(in_store, *limited) for limited in enumerate(asked)]
                     weighed.append(_weighed(chain, counts, tokens, score, assign))
                 else:
                     error = store.error(in_store, missing)
@@ -168,8 +168,9 @@ class ColdStart:
 
     def complete(self, weighed: Sequence[WeighedChain], completer: Agent) -> list[tuple[Problem, Dialogue]]:
         """Each chain as what the two seats say in turn, its short thoughts written by `completer`."""
+        self._begin("completion")
         requests = {one.chain.problem.id: completion_request(one) for one in weighed if not all(one.long)}
-        contents = self._ask("completion", list(requests.values()), check_contents, completer)
+        contents = self._ask("completion", "completer", list(requests.values()), check_contents, completer)
         written = []
         for one in weighed:
             id_ = one.chain.problem.id
@@ -195,18 +196,17 @@ class ColdStart:
         ]
         return [problem for problem, outcome in outcomes if outcome is Outcome.RIGHT]
 
-    def _ask(self, stage: str, requests: Sequence[Problem], check: Check, agent: Agent) -> dict[str, str]:
+    def _ask(self, stage: str, role: str, requests: Sequence[Problem], check: Check, agent: Agent) -> dict[str, str]:
         """The replies of an agent that passed the check, by the requests' ids; the others are dropped."""
         protocol = Asking(check)
         asked = {f"{request.id}-{_digest([request.statement])}": request for request in requests}
         environment = Environment(
             stage, [replace(request, id=id_) for id_, request in asked.items()], CheckGrader(check)
         )
-        with EpisodeStore(self.folder / stage, self._run(protocol)) as store:
+        with EpisodeStore(self.folder / stage, self._run(protocol, role)) as store:
             held = sum(f"{id_}#0" in store.ids for id_ in asked)
             stream = rollout(
-                protocol, {"helper": agent}, environment, seed=self.seed, concurrency=self.concurrency, store=store,
-                max_failed_share=1.0,
+                protocol, {"helper": agent}, environment, seed=self.seed, store=store, max_failed_share=1.0,
             )  # fmt: skip
             asyncio.run(self._follow(stage, stream, held, len(requests)))
             answers = dict[str, str]()
@@ -230,8 +230,12 @@ class ColdStart:
         lines = b"".join(orjson.dumps(one, option=orjson.OPT_APPEND_NEWLINE) for one in self.dropped)
         write_whole(self.folder / "dropped.jsonl", lambda path: path.write_bytes(lines))
 
-    def _run(self, protocol: ReasoningProtocol) -> Run:
-        return {**self.models, "seed": self.seed, "protocol": protocol.fingerprint}
+    def _begin(self, *stages: str) -> None:
+        """Forgets what these stages dropped when they were last called."""
+        self.dropped = [one for one in self.dropped if one.stage not in stages]
+
+    def _run(self, protocol: ReasoningProtocol, role: str) -> Run:
+        return {role: self.models.get(role, ""), "seed": self.seed, "protocol": protocol.fingerprint}
 
 
 def _weighed(
@@ -256,16 +260,22 @@ def _rows(weighed: Iterable[WeighedChain]) -> Iterator[Row]:
             yield {
                 "id": one.chain.problem.id, "kind": thought.kind, "text": thought.text, "place": place + 1,
                 "tokens": thought.tokens, "right_before": one.right[place], "rollouts_before": one.rollouts[place],
-                "right": one.right[place + 1], "rollouts": one.rollouts[place + 1],
-                "rollout_tokens": one.rollout_tokens[place + 1], "score": one.scores[place],
+                "rollout_tokens_before": one.rollout_tokens[place], "right": one.right[place + 1],
+                "rollouts": one.rollouts[place + 1], "rollout_tokens": one.rollout_tokens[place + 1],
+                "score": one.scores[place],
                 "error": one.errors[place], "misfire": one.misfires[place], "long": one.long[place],
             }  # fmt: skip
 
 
 def _addressed(chain: Chain) -> Chain:
-    """The chain under an id that tells its thoughts: cut otherwise, it would be weighed anew."""
-    id_ = f"{chain.problem.id}-{_digest(thought.text for thought in chain.thoughts)}"
+    """The chain under an id that tells all that its rollouts depend on: were it cut otherwise, they are drawn anew."""
+    problem = chain.problem
+    id_ = f"{problem.id}-{_digest([problem.statement, problem.answer, *(thought.text for thought in chain.thoughts)])}"
     return replace(chain, problem=replace(chain.problem, id=id_))
+
+
+def _all(chain: Chain, settings: RolloutSettings) -> list[int]:
+    return [settings.samples] * (len(chain.thoughts) + 1)
 
 
 def _digest(texts: Iterable[str]) -> str:

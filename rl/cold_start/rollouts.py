@@ -1,6 +1,6 @@
 """Monte Carlo rollouts: how often a base model ends right when it goes on from the first thoughts of a chain."""
 
-from collections import Counter
+from array import array
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -23,8 +23,8 @@ from turnwise.rl.journal import Journal, read_lines
 from turnwise.rl.rollout import rollout
 from turnwise.rl.run_folder import Run
 
-MISSING, WRONG, RIGHT = range(3)
-"""How a continuation ended, as a byte; one without a readable answer is wrong."""
+MISSING, WRONG, RIGHT, FAILED = range(4)
+"""How a continuation ended, as a byte. One without a readable answer is wrong; one that an exception ended, failed."""
 
 
 class RolloutSettings(BaseModel):
@@ -122,15 +122,16 @@ class Prefixes(Sequence[Problem]):
 class RolloutStore(Journal):
     """How each continuation ended: `rollouts.jsonl` in a run's folder, one a line.
 
-    In memory there is a byte a continuation. One that failed is not kept: it is drawn again when the run goes on.
+    In memory there are five bytes a continuation. One that failed is not written: it is drawn again when the store is
+    next opened, and not before. `drawn` and `failed` count them.
     """
 
     def __init__(self, folder: str | Path, run: Run) -> None:
         super().__init__(folder, run, "rollouts.jsonl")
         self._outcomes: dict[str, bytearray] = {}
-        self._tokens = Counter[str]()
+        self._tokens: dict[str, array[int]] = {}
         self._errors: dict[str, str] = {}
-        self.drawn = 0
+        self.drawn = self.failed = 0
         try:
             for prefix, sample, outcome, tokens in read_lines(self.path, _decode):
                 self._keep(prefix, sample, outcome, tokens)
@@ -140,7 +141,7 @@ class RolloutStore(Journal):
 
     @property
     def ids(self) -> "RolloutStore":
-        """The ids of the continuations that are there, as the driver asks for them."""
+        """The ids of the continuations that need not be drawn, as the driver asks for them."""
         return self
 
     def __contains__(self, episode_id: object) -> bool:
@@ -149,10 +150,12 @@ class RolloutStore(Journal):
         return place < len(outcomes) and outcomes[place] != MISSING
 
     def append(self, episode: Episode) -> None:
-        """Writes how one continuation ended; of one that failed, only that it did is remembered."""
+        """Writes how one continuation ended; that one failed is only remembered."""
         prefix, tokens = episode.transcript.problem.id, episode.transcript.token_count
         if episode.grade is None:
             self._errors[prefix] = str(episode.error)
+            self.failed += 1
+            self._put(prefix, episode.sample, FAILED, 0)
             return
         record = {"prefix": prefix, "sample": episode.sample, "outcome": episode.grade.outcome, "tokens": tokens}
         self.write(orjson.dumps(record))
@@ -162,15 +165,15 @@ class RolloutStore(Journal):
         """(right, drawn) among the first so many samples, by default all, after 0, 1, ... thoughts of a chain."""
         limits = [None] * (len(chain.thoughts) + 1) if most is None else most
         return [
-            (outcomes.count(RIGHT), len(outcomes) - outcomes.count(MISSING))
+            (outcomes.count(RIGHT), outcomes.count(RIGHT) + outcomes.count(WRONG))
             for outcomes in (self._of(chain, thoughts)[:limit] for thoughts, limit in enumerate(limits))
         ]
 
-    def mean_tokens(self, chain: Chain, thoughts: int) -> float:
-        """Sampled tokens of a continuation from so many thoughts of a chain, on average; 0 where there is none."""
-        outcomes = self._of(chain, thoughts)
-        drawn = len(outcomes) - outcomes.count(MISSING)
-        return self._tokens[prefix_id(chain.problem, thoughts)] / max(1, drawn)
+    def mean_tokens(self, chain: Chain, thoughts: int, most: int | None = None) -> float:
+        """Sampled tokens of a continuation from so many thoughts, on average over the first `most`; 0 without any."""
+        outcomes = self._of(chain, thoughts)[:most]
+        tokens = self._tokens.get(prefix_id(chain.problem, thoughts), array("I"))
+        return sum(tokens[:most]) / max(1, outcomes.count(RIGHT) + outcomes.count(WRONG))
 
     def error(self, chain: Chain, thoughts: int) -> str:
         """What the last continuation that failed from so many thoughts of a chain died of; empty where none did."""
@@ -180,11 +183,16 @@ class RolloutStore(Journal):
         return self._outcomes.get(prefix_id(chain.problem, thoughts), bytearray())
 
     def _keep(self, prefix: str, sample: int, outcome: Outcome, tokens: int) -> None:
-        outcomes = self._outcomes.setdefault(prefix, bytearray())
-        outcomes.extend(bytes([MISSING]) * (sample + 1 - len(outcomes)))
-        outcomes[sample] = RIGHT if outcome is Outcome.RIGHT else WRONG
-        self._tokens[prefix] += tokens
+        self._put(prefix, sample, RIGHT if outcome is Outcome.RIGHT else WRONG, tokens)
         self.drawn += 1
+
+    def _put(self, prefix: str, sample: int, ending: int, tokens: int) -> None:
+        outcomes = self._outcomes.setdefault(prefix, bytearray())
+        taken = self._tokens.setdefault(prefix, array("I"))
+        more = sample + 1 - len(outcomes)
+        outcomes.extend(bytes([MISSING]) * more)
+        taken.extend([0] * more)
+        outcomes[sample], taken[sample] = ending, tokens
 
 
 def _decode(line: bytes) -> tuple[str, int, Outcome, int]:
@@ -219,16 +227,16 @@ async def draw(
                 yield episode
 
 
-def counts_of(chains: Sequence[Chain], settings: RolloutSettings, store: RolloutStore) -> list[list[tuple[int, int]]]:
-    """(right, drawn) after 0, 1, ... thoughts of each chain, among the continuations that the settings ask for.
+def samples_asked(chains: Sequence[Chain], settings: RolloutSettings, store: RolloutStore) -> list[list[int]]:
+    """How many samples the settings ask for after 0, 1, ... thoughts of each chain, once they were drawn.
 
-    The store may hold more: those of other settings.
+    The store may hold more, of other settings.
     """
     asked = [[0] * (len(chain.thoughts) + 1) for chain in chains]
     for most, places in _rounds(chains, settings, store):
         for place, thoughts in places:
             asked[place][thoughts] = most
-    return [store.counts(chain, most) for chain, most in zip(chains, asked, strict=True)]
+    return asked
 
 
 def _rounds(

@@ -1,7 +1,6 @@
 """What the command line and the examples share: problems by name, progress to watch, and one-line errors."""
 
 import asyncio
-import hashlib
 import sys
 import tomllib
 from argparse import ArgumentError, ArgumentParser
@@ -25,13 +24,15 @@ from turnwise.environments.arithmetic import PROBLEM_SETS, arithmetic
 from turnwise.environments.environment import Environment, Grader
 from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
+from turnwise.environments.problem import Problem
 from turnwise.protocols.graph import GraphProtocol
 from turnwise.rl.episode_store import EpisodeStore
 from turnwise.rl.rollout import Team, in_order, rollout
-from turnwise.rl.run_folder import claim, write_whole
+from turnwise.rl.run_folder import write_whole
 from turnwise.rl.summary import Summary, record
 
 if TYPE_CHECKING:
+    from turnwise.environments.benchmarks import LoadedProblems
     from turnwise.rl.cold_start.thoughts import WeighedChain
     from turnwise.rl.sft import SFTSettings
     from turnwise.rl.trainer import Trainer
@@ -124,18 +125,31 @@ def open_environment(problems: str, grader: Grader, *, number: int, seed: int) -
         raise InputError(f"the number of problems must be at least 1; got {number}")
     if problems in PROBLEM_SETS:
         return arithmetic(grader, problem_set=problems, count=number, seed=seed)
-    from turnwise.environments.benchmarks import BENCHMARKS, load_benchmark, load_problems  # datasets: only if needed
+    from turnwise.environments.benchmarks import BENCHMARKS, load_benchmark  # datasets: only if needed
 
     if problems in BENCHMARKS:
         loaded = load_benchmark(BENCHMARKS[problems], limit=number)
-    elif Path(problems).suffix:
-        loaded = load_problems(problems, limit=number)
-    else:
-        named = ", ".join([*PROBLEM_SETS, *BENCHMARKS])
-        raise InputError(f"no problems are called {problems!r}; name one of {named}, or a JSONL, JSON or Parquet file")
+        return Environment(problems, _told(problems, loaded), grader)
+    if Path(problems).suffix:
+        return Environment(problems, read_problems(problems, number=number), grader)
+    named = ", ".join([*PROBLEM_SETS, *BENCHMARKS])
+    raise InputError(f"no problems are called {problems!r}; name one of {named}, or a JSONL, JSON or Parquet file")
+
+
+def read_problems(path: str | Path, *, number: int, solution: str | None = None) -> tuple[Problem, ...]:
+    """The first problems of a JSONL, JSON or Parquet file, and of the column `solution` what answers them.
+
+    Says on stderr which were dropped. Raises InputError for a file that cannot be read.
+    """
+    from turnwise.environments.benchmarks import Columns, load_problems  # datasets: only if needed
+
+    return _told(str(path), load_problems(path, columns=Columns(solution=solution), limit=number))
+
+
+def _told(name: str, loaded: "LoadedProblems") -> tuple[Problem, ...]:
     if loaded.dropped:
-        Console(stderr=True).print(f"{problems}: {loaded}")
-    return Environment(problems, loaded.problems, grader)
+        Console(stderr=True).print(f"{name}: {loaded}")
+    return loaded.problems
 
 
 def play_shown(
@@ -295,41 +309,22 @@ def fine_tune_shown(
     model: str,
     data: Path,
     settings: "SFTSettings",
-    output: Path,
+    folder: Path,
     console: Console,
     *,
     seed: int = 0,
     together: int = 1,
+    longest: int | None = None,
     device: str = "cpu",
-) -> None:
-    """Fine-tunes a model on a set of `turnwise.rl.sft_sets`; the result is the folder `model` within `output`.
+) -> Path:
+    """Does what `turnwise.rl.fine_tune.fine_tune` does, under a progress bar."""
+    from turnwise.rl.fine_tune import fine_tune  # torch: only where it is needed
 
-    The set is read over and over in an order of `seed`, in which `together` neighbouring rows stay neighbours. Killed,
-    it goes on by the same call; done, it is not done again. Raises InputError where `output` is of another training.
-    """
-    from turnwise.agents.transformers_engine import TransformersEngine  # torch: only where it is needed
-    from turnwise.rl.sft import train
-    from turnwise.rl.sft_sets import read_set, shuffled
-
-    digest = hashlib.blake2b(data.read_bytes(), digest_size=8).hexdigest()
-    described = {"model": model, "data": digest, "settings": settings.model_dump_json(), "order": f"{seed} {together}"}
-    claim(output, described)
-    if (output / "model").exists():
-        return
-    engine = TransformersEngine.load(model, device=device)
-    sequences = read_set(data, engine.template, longest=engine.context)
     with stages_shown(console) as on_progress:
-        train(
-            engine.model, shuffled(sequences, seed=seed, together=together), settings,
-            checkpoint=output / "checkpoint.pt",
-            on_step=lambda step, loss: on_progress(output.name, step, settings.steps),
+        return fine_tune(
+            model, data, settings, folder, seed=seed, together=together, longest=longest, device=device,
+            on_step=lambda step, loss: on_progress(folder.name, step, settings.steps),
         )  # fmt: skip
-
-    def save(folder: Path) -> None:
-        engine.model.save_pretrained(folder)
-        engine.tokenizer.save_pretrained(folder)
-
-    write_whole(output / "model", save)
 
 
 def show_thoughts(by_samples: "Mapping[int, Sequence[WeighedChain]]", console: Console, *, folder: Path) -> None:
@@ -341,8 +336,6 @@ def show_thoughts(by_samples: "Mapping[int, Sequence[WeighedChain]]", console: C
 
     weighed = by_samples[max(by_samples)]
     console.print(thoughts.thought_statistics(weighed), thoughts.kinds(weighed))
-    if any(drawn < max(by_samples) for one in weighed for drawn in one.rollouts):
-        console.print(thoughts.savings(weighed, max(by_samples)))
     folder.mkdir(parents=True, exist_ok=True)
     thoughts.success_by_thoughts(weighed).savefig(folder / "success.png")
     thoughts.scores_by_position(by_samples).savefig(folder / "scores.png")

@@ -181,3 +181,13 @@ def test_json_is_read_as_it_is(read: dict[int, str]) -> None:
     # Tabs and the like before a letter are taken for LaTeX's, and are therefore left out here.
     text = json.dumps({str(number): re.sub(r"[\b\f\r\t\n]", " ", said) for number, said in read.items()})
     assert parse_json(text, NAMED) == {int(number): said for number, said in json.loads(text).items()}
+
+
+def test_a_fenced_block_goes_before_brackets_in_the_sentence_around_it() -> None:
+    reply = 'Steps [1] to [4] restate it.\n```json\n{"2": "so [5]"}\n```\nThat is all of [1].'
+    assert parse_json(reply, TypeAdapter(dict[int, str])) == {2: "so [5]"}
+
+
+def test_latex_that_begins_like_a_line_break_is_latex() -> None:
+    reply = r'{"2": "\nu \neg a \ngeq b\newline c\n\nNow d"}'
+    assert parse_json(reply, TypeAdapter(dict[int, str])) == {2: "\\nu \\neg a \\ngeq b\\newline c\n\nNow d"}

@@ -55,14 +55,14 @@ def test_a_request_shows_the_problem_and_every_step_by_its_number() -> None:
     assert request.statement.endswith(
         "ends with step 4.\n\n"
         'Reply with JSON alone: a list of objects such as {"start": 1, "end": 4, "type": "problem understanding"}.\n\n'
-        "Problem:\nWhat is 7×3?\n\nSteps:\n[1] <think>\nOkay, what is 7×3?\n[2] Now 7×3=21.\n"
-        "[3] Wait, let me check: 3×7=21.\n\n</think>\n[4] It is \\boxed{21}."
+        "Problem:\nWhat is 7×3?\n\nSteps:\nStep 1: <think>\nOkay, what is 7×3?\nStep 2: Now 7×3=21.\n"
+        "Step 3: Wait, let me check: 3×7=21.\n\n</think>\nStep 4: It is \\boxed{21}."
     )
 
 
 def test_the_choices_of_a_problem_are_shown() -> None:
     request = chunking_request(Problem("p", "Which?", "B", solution="a\n\nb", choices=("one", "two")))
-    assert "Problem:\nWhich?\n(A) one\n(B) two\n\nSteps:\n[1] a\n[2] b" in request.statement
+    assert "Problem:\nWhich?\n(A) one\n(B) two\n\nSteps:\nStep 1: a\nStep 2: b" in request.statement
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,14 @@ def test_rules_cover_every_list_of_steps_with_few_blocks(steps: list[str]) -> No
     blocks = chunk_by_rules(steps)
     check_cover(blocks, len(steps))
     assert len(blocks) <= 20
-    assert {block.kind for block in blocks} <= {"problem understanding", *(kind for _, kind in OPENINGS)}
+    assert {block.kind for block in blocks} <= {"problem understanding", "reasoning", *(kind for _, kind in OPENINGS)}
+
+
+def test_a_chain_whose_steps_open_with_no_such_word_is_cut_at_its_paragraphs() -> None:
+    assert spans(chunk_by_rules(["第一步", "第二步", "第三步"])) == [
+        (1, 1, "problem understanding"), (2, 2, "reasoning"), (3, 3, "reasoning"),
+    ]  # fmt: skip
+    assert [block.end for block in chunk_by_rules([f"Adding {place} and one." for place in range(60)])][:3] == [3, 6, 9]
 
 
 def test_rules_on_a_real_chain() -> None:

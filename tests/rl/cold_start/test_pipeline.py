@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,10 @@ def base(turn: Turn, seed: int) -> str:
     said = "".join(message.text for message in turn.messages)
     sure = "Now 1+1 is 2" in said
     return "\\boxed{3}" if sure or seed % (2 if "Okay" in said else 8) == 0 else "\\boxed{4}"
+
+
+def failing(turn: Turn, seed: int) -> str:
+    raise RuntimeError("no such model")
 
 
 def completer(turn: Turn, seed: int) -> str:
@@ -102,7 +107,7 @@ def test_what_cannot_be_used_is_left_out_and_the_rest_goes_on(tmp_path: Path, gr
             return "I would rather not."
         if "broken" in told:
             raise RuntimeError("the server is gone")
-        steps = told.partition("\n\nSteps:\n")[2].count("\n[") + 1
+        steps = told.partition("\n\nSteps:\n")[2].count("Step ")
         return json.dumps([{"start": step, "end": step, "type": "calculation"} for step in range(1, steps + 1)])
 
     def unsteady(turn: Turn, seed: int) -> str:
@@ -144,11 +149,8 @@ def test_what_cannot_be_used_is_left_out_and_the_rest_goes_on(tmp_path: Path, gr
 
 
 def test_a_base_that_always_fails_leaves_nothing_and_says_why(tmp_path: Path, grader: MathGrader) -> None:
-    def fail(turn: Turn, seed: int) -> str:
-        raise RuntimeError("no such model")
-
     stages = ColdStart(tmp_path, grader)
-    assert weigh(stages, stages.chunk([problem("a"), problem("b")]), ScriptedAgent(fail)) == []
+    assert weigh(stages, stages.chunk([problem("a"), problem("b")]), ScriptedAgent(failing)) == []
     assert [one.id for one in stages.dropped] == ["a", "b"]
     assert all(one.reason.endswith("RuntimeError: no such model") for one in stages.dropped)
     assert stages.complete([], ScriptedAgent(completer)) == []
@@ -183,6 +185,40 @@ def test_a_chain_that_is_cut_otherwise_is_weighed_anew(tmp_path: Path, grader: M
     assert weigher.asked == 5 * 8 + 3 * 8
 
 
+def test_a_gold_answer_that_is_mended_is_weighed_anew_and_another_completer_is_not(
+    tmp_path: Path, grader: MathGrader
+) -> None:
+    def run(asked: Problem, completed_by: str) -> int:
+        stages = ColdStart(tmp_path, grader, models={"completer": completed_by})
+        weigher = Counted(base)
+        weigh(stages, stages.chunk([asked]), weigher)
+        return weigher.asked
+
+    assert [run(problem(), "one"), run(problem(), "another")] == [40, 0]
+    assert run(replace(problem(), answer="3.0"), "one") == 40
+    assert run(replace(problem(), question="What, again?"), "one") == 40
+
+
+def test_what_a_stage_dropped_is_said_once_however_often_it_is_called(tmp_path: Path, grader: MathGrader) -> None:
+    stages = ColdStart(tmp_path, grader)
+    for _ in range(2):
+        chains = stages.chunk([problem("fine"), problem("wrong", "One.", "\\boxed{2}.")])
+        for _ in range(2):
+            weigh(stages, chains, ScriptedAgent(failing))
+    assert [(one.id, one.stage) for one in stages.dropped] == [("wrong", "reading"), ("fine", "rollouts")]
+    assert stages.failed == 40
+
+
+def test_continuations_that_fail_are_counted_and_the_others_count(tmp_path: Path, grader: MathGrader) -> None:
+    def unsteady(turn: Turn, seed: int) -> str:
+        return failing(turn, seed) if seed % 4 == 0 else base(turn, seed)
+
+    stages = ColdStart(tmp_path, grader)
+    (weighed,) = weigh(stages, stages.chunk([problem()]), ScriptedAgent(unsteady))
+    assert stages.failed == 40 - sum(weighed.rollouts) > 0
+    assert stages.dropped == []
+
+
 def test_another_seed_model_or_protocol_is_another_run(tmp_path: Path, grader: MathGrader) -> None:
     stages = ColdStart(tmp_path, grader, models={"base": "one"})
     chains = stages.chunk([problem()])
@@ -198,9 +234,10 @@ def test_another_seed_model_or_protocol_is_another_run(tmp_path: Path, grader: M
 def test_other_scores_and_another_rule_take_the_place_of_the_papers(tmp_path: Path, grader: MathGrader) -> None:
     stages = ColdStart(tmp_path, grader)
     chains = stages.chunk([problem("a"), problem("b")])
-    one, other = stages.weigh(chains, ScriptedAgent(base), PROTOCOL, EIGHT, score=by_chance)
+    one, other = stages.weigh(chains, ScriptedAgent(base), PROTOCOL, EIGHT, score=by_chance(1))
     assert one.scores != other.scores
-    assert one == stages.weigh(chains, ScriptedAgent(base), PROTOCOL, EIGHT, score=by_chance)[0]
+    assert one == stages.weigh(chains, ScriptedAgent(base), PROTOCOL, EIGHT, score=by_chance(1))[0]
+    assert one.scores != stages.weigh(chains, ScriptedAgent(base), PROTOCOL, EIGHT, score=by_chance(2))[0].scores
     (every, _) = stages.weigh(chains, ScriptedAgent(base), PROTOCOL, EIGHT, assign=lambda s: at_least(s, -1))
     assert every.long == (True,) * 4
     ((_, dialogue), _) = stages.complete([every, other], ScriptedAgent(completer))
@@ -217,7 +254,7 @@ def test_stopping_early_is_for_the_papers_scores_and_records_alone(tmp_path: Pat
     stages, early = ColdStart(tmp_path, grader), RolloutSettings(samples=8, batch=4, stop_early=True)
     chains = stages.chunk([problem()])
     with pytest.raises(InputError, match="stop_early works with the scores M and strict records alone"):
-        stages.weigh(chains, ScriptedAgent(base), PROTOCOL, early, score=by_chance)
+        stages.weigh(chains, ScriptedAgent(base), PROTOCOL, early, score=by_chance(0))
     with pytest.raises(InputError, match="stop_early works with"):
         stages.weigh(chains, ScriptedAgent(base), PROTOCOL, early, assign=lambda scores: at_least(scores, 0))
     (full,) = weigh(stages, chains)

@@ -347,10 +347,13 @@ def test_what_a_store_holds(tmp_path: Path) -> None:
         store.append(ended("a#1/1", 0, Outcome.UNPARSABLE, 0))
         for _ in range(2):
             held = [f"a#1/{n}#{sample}" for n in range(3) for sample in range(5) if f"a#1/{n}#{sample}" in store.ids]
-            assert held == ["a#1/0#0", "a#1/0#3", "a#1/1#0"]
+            failed = ["a#1/0#1", "a#1/0#2"] if store.failed else []
+            assert held == sorted(["a#1/0#0", *failed, "a#1/0#3", "a#1/1#0"])
+            assert store.failed in (0, 2)
             assert store.counts(one) == [(1, 2), (0, 1)]
             assert store.counts(one, [3, 0]) == [(0, 1), (0, 0)]
             assert (store.mean_tokens(one, 0), store.mean_tokens(one, 1)) == (12.5, 0)
+            assert (store.mean_tokens(one, 0, 3), store.mean_tokens(one, 0, 0)) == (15, 0)
             assert store.drawn == 3
             if store.error(one, 0):
                 assert (store.error(one, 0), store.error(one, 1)) == ("boom 2", "")
@@ -376,7 +379,8 @@ def test_a_base_model_that_always_fails(tmp_path: Path) -> None:
         assert store.counts(one) == [(0, 0)] * 3
         assert [store.error(one, n) for n in range(3)] == ["RuntimeError: the server is down"] * 3
         assert [store.mean_tokens(one, n) for n in range(3)] == [0, 0, 0]
-        assert store.drawn == 0
+        assert (store.drawn, store.failed) == (0, len(episodes))
+        assert len({episode.id for episode in episodes}) == len(episodes), "none is asked for twice"
     assert lines(tmp_path / "run") == []
 
 
