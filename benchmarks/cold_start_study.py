@@ -103,9 +103,10 @@ def weighed_again(runs: Path, console: Console) -> tuple[dict[int, list[WeighedC
 
 
 def problems(runs: Path) -> list[Problem]:
-    """The first chains of the first run, as solutions of their problems."""
+    """Chains of the first run, of all levels alike, as solutions of their problems."""
     found = sorted(read_episodes(runs / "metric-0" / "chains" / "episodes.jsonl"), key=lambda episode: episode.id)
-    return [replace(one.transcript.problem, solution=one.transcript.text) for one in found[:CHAINS]]
+    chosen = found[:: len(found) // CHAINS]
+    return [replace(one.transcript.problem, solution=one.transcript.text) for one in chosen]
 
 
 def stopping(full: Sequence[WeighedChain], stopped: Sequence[WeighedChain]) -> dict[str, float]:
