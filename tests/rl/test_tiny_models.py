@@ -96,7 +96,16 @@ def test_the_same_tokens_at_any_concurrency(team: Team) -> None:
             assert mine.reply.token_ids == other.reply.token_ids
             assert mine.reply.prompt_token_ids == other.reply.prompt_token_ids
             assert mine.reply.log_probabilities == pytest.approx(other.reply.log_probabilities, abs=1e-5)
-    assert [encode(episode) for episode in one] == [encode(e) for e in played(LongShort(), team, 24, concurrency=1)]
+
+
+def test_bit_by_bit_the_same_where_the_engines_remember_nothing(team: Team) -> None:
+    def from_cold() -> list[bytes]:
+        for agent in team.values():
+            assert isinstance(agent, TransformersAgent)
+            agent.engine.version = 0  # which forgets the keys and values of earlier prompts
+        return [encode(episode) for episode in played(LongShort(), team, 24, concurrency=1)]
+
+    assert from_cold() == from_cold()
 
 
 def test_they_are_rebuilt_by_one_command_which_goes_on_where_it_was_stopped(
