@@ -17,7 +17,7 @@ from rich.console import Console
 
 from turnwise.agents.tiny import LONG
 from turnwise.analysis.control import Control
-from turnwise.cli import read_config, show_pool, show_results, train_shown
+from turnwise.cli import read_config, read_problems, show_pool, show_results, stages_shown, train_shown
 from turnwise.environments.environment import Environment, Grade, Grader, Outcome
 from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
@@ -373,3 +373,38 @@ def test_training_is_shown_with_its_evaluations_and_the_alarm_of_a_collapse() ->
         "step    9  50.0% right (9.5% to 90.5%) in 15.0 tokens, thinks 50%",
     ]
     assert re.fullmatch(r"━+ 9/9 \S+ round 2, long\+short: 50% right in 12 tokens <short> 75% *", live), live
+
+
+# What the cold start shows
+
+
+def test_problems_of_a_file_and_those_that_were_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "chains.jsonl"
+    rows = [("1 + 1?", "2", "So 2."), ("?", "", "Who knows."), ("2 + 1?", "3", "So 3.")]
+    lines = [json.dumps({"problem": asked, "answer": gold, "response": said}) for asked, gold, said in rows]
+    path.write_text("\n".join(lines))
+    found = read_problems(path, number=3, solution="response")
+    assert [(one.id, one.question, one.solution) for one in found] == [
+        ("chains-0", "1 + 1?", "So 2."), ("chains-2", "2 + 1?", "So 3."),
+    ]  # fmt: skip
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.endswith("2 problems; 1 dropped, as their gold answer cannot be parsed: chains-1")
+
+
+def test_a_bar_for_each_stage() -> None:
+    console = Console(file=StringIO(), width=100, color_system=None)
+    with stages_shown(console) as on_progress:
+        for done in range(4):
+            on_progress("rollouts", done, 3)
+        on_progress("completion", 1, 2)
+    printed = cast(StringIO, console.file).getvalue()
+    assert re.search(r"^rollouts +━+ 3/3 ", printed, re.MULTILINE)
+    assert re.search(r"^completion +\S+.* 1/2 ", printed, re.MULTILINE)
+
+
+def test_chains_of_ones_own_need_a_model_that_completes_them(tmp_path: Path) -> None:
+    example = EXAMPLE.with_name("cold_start.py")
+    assert_refused(run(example, "--chains", tmp_path / "chains.jsonl"), "--completer")
+    output = ("--output", tmp_path / "run", "--problems", "4", "--test-problems", "4", "--sft.steps", "1")
+    assert run(example, *output, "--sft.batch-size", "2").returncode == 0
+    assert_refused(run(example, *output, "--sft.batch-size", "3"), "holds another run", "settings")

@@ -2,11 +2,12 @@ from rich.console import Console
 from rich.table import Table
 
 from turnwise.analysis.control import Control
-from turnwise.analysis.tables import comparison, equal_tokens, levels, rounds_played
+from turnwise.analysis.tables import comparison, equal_tokens, left_out, levels, rounds_played
 from turnwise.environments.environment import Grade, Outcome
 from turnwise.environments.episode import Episode
 from turnwise.environments.problem import Problem
 from turnwise.environments.transcript import Reply, Step, Transcript
+from turnwise.rl.cold_start.thoughts import Dropped
 from turnwise.rl.summary import summarise
 
 
@@ -114,3 +115,18 @@ def test_each_control_is_a_row() -> None:
         ["long alone, cut short", "25.6%", "64.0"],
         ["a majority of 9", "100.0%", "7.0"],
     ]
+
+
+def test_what_was_left_out_is_counted_by_stage_and_reason() -> None:
+    dropped = [
+        Dropped("a", "reading", "its own answer is wrong"),
+        Dropped("b", "chunking", "got '[red]'"),
+        Dropped("[c]", "reading", "its own answer is wrong"),
+    ]
+    table = left_out(dropped, kept=7)
+    assert rows(table) == [
+        ["stage", "reason", "chains", "such as"],
+        ["reading", "its own answer is wrong", "2", "a"],
+        ["chunking", "got '[red]'", "1", "b"],
+    ]
+    assert (table.title, table.caption) == ("Chains left out", "7 kept")
