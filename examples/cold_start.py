@@ -1,6 +1,6 @@
 r"""The cold start of Long⊗Short: long chains of thought become a first long-thought and a first short-thought model.
 
-    python examples/cold_start.py                       # tiny models on arithmetic; some six minutes on one core
+    python examples/cold_start.py                       # tiny models on arithmetic; some five minutes on one core
     python examples/cold_start.py --chains r1.jsonl --base Qwen/Qwen2.5-7B-Instruct --opening "" --closing "" \
         --instruction "Put the final answer in \boxed{}." --rollout-tokens 4096 --completer Qwen/Qwen2.5-7B-Instruct \
         --sft.steps 40 --sft.batch-size 32 --sft.micro-batch-size 1 --sft.learning-rate 1e-5 \
