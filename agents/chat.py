@@ -77,6 +77,17 @@ class ChatTemplate:
         """The token ids of a text on its own, without any that a tokenizer adds around it."""
         return self._cached(text)
 
+    def check_control_tokens(self, turn: Turn) -> None:
+        """Raises `InputError` where a turn of one token, a choice of mode, could not end on each of its tags."""
+        if turn.max_tokens > 1:
+            return
+        if several := [tag for tag in turn.stops if len(self.tokens(tag)) != 1]:
+            raise InputError(
+                f"a control token must be one token of the vocabulary; {several} of seat {turn.seat!r} are not: call "
+                f"tokenizer.add_tokens({several}) and model.resize_token_embeddings(len(tokenizer)), save both, and "
+                "train the model to use them"
+            )
+
     def _spoken(self, message: Message) -> tuple[int, ...]:
         reply = message.reply
         # A protocol may show less than was said; then the text, and not the reply, is what the seat may read.

@@ -93,11 +93,7 @@ class TokenServerAgent(ServerAgent):
 
     def request(self, turn: Turn, seed: int) -> dict[str, Json]:
         """A completion of the prompt's ids. Tags that are tokens stop by their ids, the others by their text."""
-        if turn.max_tokens == 1 and (several := [tag for tag in turn.stops if len(self.template.tokens(tag)) != 1]):
-            raise InputError(
-                f"a control token must be one token of the vocabulary; {several} of seat {turn.seat!r} are not: call "
-                f"tokenizer.add_tokens({several}), train and save the model with them, and serve that"
-            )
+        self.template.check_control_tokens(turn)
         return {
             **self._sampling(turn, seed),
             **WHOLE_DISTRIBUTION,

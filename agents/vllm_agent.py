@@ -35,8 +35,7 @@ class VLLMAgent(Agent):
 
     async def reply(self, turn: Turn, seed: int) -> Reply:
         """Samples the turn with the engine."""
-        if turn.max_tokens == 1:
-            self._check_control_tokens(turn)
+        self.engine.template.check_control_tokens(turn)
         reply = await self.engine.sample(
             self.engine.template.prompt(turn),
             stops=turn.stops,
@@ -46,11 +45,3 @@ class VLLMAgent(Agent):
             top_p=self.top_p,
         )
         return replace(reply, model=self.name)
-
-    def _check_control_tokens(self, turn: Turn) -> None:
-        if several := [stop for stop in turn.stops if len(self.engine.template.tokens(stop)) != 1]:
-            raise InputError(
-                f"a control token must be one token of the vocabulary; {several} of seat {turn.seat!r} are not: call "
-                f"tokenizer.add_tokens({several}) and model.resize_token_embeddings(len(tokenizer)), save both, and "
-                "train the model to use them"
-            )

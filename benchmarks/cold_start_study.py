@@ -2,7 +2,7 @@
 
     python benchmarks/cold_start_study.py
 
-First `examples/cold_start.py`, three seeds with M and three with random scores: some eight minutes a run on one core,
+First `examples/cold_start.py`, three seeds with M and three with random scores: some five minutes a run on one core,
 `--workers` at a time. Then the chains of the first run, weighed again by up to 128 continuations of each prefix, and by
 as many as sequential stopping takes. A stopped study goes on where it was. Writes docs/results/cold_start.json and
 cold_start_*.png.

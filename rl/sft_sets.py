@@ -81,12 +81,12 @@ def thinkless_rows(problem: Problem, think: str, short: str, template: ChatTempl
                 f"an answer of Thinkless is `<think> ... </think> solution` or `<short> solution`, without any more of "
                 f"these tags; for {problem.id!r}, {mode} got {text[:60]!r}"
             )
-        if len(template.tokens(mode)) != 1:
-            raise InputError(
-                f"a control token must be one token of the vocabulary; {mode} is not: call "
-                f"tokenizer.add_tokens(['{mode}']) and model.resize_token_embeddings(len(tokenizer)), and save both"
-            )
-        said = demonstrate(Thinkless(), problem, lambda turn: mode if turn.state == "route" else words)
+
+        def say(turn: Turn) -> str:
+            template.check_control_tokens(turn)
+            return mode if turn.state == "route" else words
+
+        said = demonstrate(Thinkless(), problem, say)
         return _row(f"{problem.id}/{mode}", said, template)
 
     return [answer("<think>", think), answer("<short>", short)]

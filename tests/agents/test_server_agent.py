@@ -479,7 +479,8 @@ def test_what_no_user_can_want_is_an_input_error(
         )
     assert failure(fake, turn(stops=("<short>", "<long>"), max_tokens=1)) == (
         "a control token must be one token of the vocabulary; ['<long>'] of seat 'seat' are not: call "
-        "tokenizer.add_tokens(['<long>']), train and save the model with them, and serve that"
+        "tokenizer.add_tokens(['<long>']) and model.resize_token_embeddings(len(tokenizer)), save both, and train the "
+        "model to use them"
     )
 
 

@@ -298,7 +298,7 @@ def test_a_control_token_that_is_several_tokens_is_refused() -> None:
         chat_template=TEMPLATE.tokenizer.chat_template,
     )
     with pytest.raises(
-        InputError, match=r"^a control token must be one token .*; <short> is not: call .*\['<short>'\]"
+        InputError, match=r"^a control token must be one token .*; \['<short>'\] of seat 'solver' are not: "
     ):
         thinkless_rows(PROBLEM, THINK, BRIEF, ChatTemplate(tokenizer))
 
