@@ -11,7 +11,7 @@ demo test bench studies: export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make demo         two tiny language models solve problems in turns"
 	@echo "make test         all tests, with coverage"
-	@echo "make vllm         the tests on real vLLM, on the CPU, in .venv-vllm (1.8 GB)"
+	@echo "make vllm         the tests and the benchmark on real vLLM, on the CPU, in .venv-vllm (1.8 GB)"
 	@echo "make check        formatting, lint, types, layers"
 	@echo "make bench        what a turn, a token, a trained token and a rollout cost, beside other libraries"
 	@echo "make studies      both papers on a laptop: every training run behind docs/results (two to three hours)"
@@ -32,7 +32,8 @@ vllm: export PYTHONDONTWRITEBYTECODE :=
 
 vllm: $(VLLM)/installed
 	$(VLLM)/bin/python -m pytest tests/vllm --cov-config=/dev/null --cov-fail-under=90 \
-	  $(foreach file,agent engine process,--cov=turnwise.agents.vllm_$(file))
+	  $(foreach file,agent engine process server,--cov=turnwise.agents.vllm_$(file))
+	$(VLLM)/bin/python benchmarks/engine.py --only engines
 
 check: $(VENV)/dev
 	$(RUN)/ruff format --check .

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jinja2.exceptions import TemplateError
@@ -27,6 +28,11 @@ def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     """A hash of the vocabulary, added tokens included: equal where every token id means the same."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+
+
+def decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+    """The text of `ids` as sampled: with special tokens, and with its spaces left alone."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 class ChatTemplate:

@@ -2,13 +2,14 @@
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field, FiniteFloat
 
 from turnwise.agents.agent import Agent
-from turnwise.agents.chat import ChatTemplate
+from turnwise.agents.chat import ChatTemplate, decode
+from turnwise.agents.engine import StopMatcher
 from turnwise.agents.server_connection import Json, Line, PassingError, Server
 from turnwise.environments.errors import InputError
 from turnwise.environments.transcript import Finish, Reply, Turn
@@ -124,11 +125,13 @@ class TokenServerAgent(ServerAgent):
                 "model with vLLM 0.10.2 or later, or use ChatServerAgent"
             )
         ids, logs = choice.token_ids, choice.logprobs.token_logprobs
-        tags: dict[int | str | None, str] = {self._added.get(tag, tag): tag for tag in turn.stops}
-        stop = tags.get(choice.stop_reason)
+        # Which tag it was is told as by every engine: of several that a token completes, vLLM names any.
+        by_tag = choice.stop_reason in [self._added.get(tag, tag) for tag in turn.stops]
+        stop = StopMatcher(self.template.tokenizer, turn.stops).match(ids) if by_tag else None
         finish: Finish = "stop" if stop else "length" if reason == "length" else "end"
-        all_but_last, whole = self._decode(ids[:-1]), self._decode(ids)
-        if len(ids) != len(logs) or len(ids) > budget or not _agree(choice.text, all_but_last, whole):
+        all_but_last, whole = (decode(self.template.tokenizer, said) for said in (ids[:-1], ids))
+        agree = _agree(choice.text, all_but_last, whole) and by_tag == (stop is not None)
+        if len(ids) != len(logs) or len(ids) > budget or not agree:
             raise ValueError(
                 f"the token ids of a reply must be those of its text, each with a log-probability, {budget} at most; "
                 f"{line.url} gave {len(ids)} ids for {whole[:60]!r} and {len(logs)} log-probabilities, with the text "
@@ -147,10 +150,6 @@ class TokenServerAgent(ServerAgent):
             version=version,
         )
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        tokenizer = self.template.tokenizer
-        return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
     async def _checked(self, line: Line) -> int:
         """The tokens that prompt and reply may have together, once the server is known to be fit for this agent."""
         async with line.checking:
@@ -168,7 +167,7 @@ class TokenServerAgent(ServerAgent):
         every = sorted(self.template.tokenizer.get_vocab().values())
         theirs = await line.post(f"{line.root}/detokenize", {"model": self.server.model, "tokens": every}, _Detokenized)
         # White space aside, which some tokenizers clean up.
-        if "".join(theirs.prompt.split()) != "".join(self._decode(every).split()):
+        if "".join(theirs.prompt.split()) != "".join(decode(self.template.tokenizer, every).split()):
             raise InputError(
                 f"the tokenizer must have the vocabulary of the served model; its {len(every)} tokens read otherwise "
                 f"at {line.url}: give load_tokenizer the folder or name of the model {self.server.model!r}"

@@ -4,15 +4,15 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from turnwise.agents.engine import PartialReply
 from turnwise.agents.transformers_cache import SHORTEST_PREFIX, Ids, KeyValues, Stored, common
-from turnwise.agents.transformers_sampling import Sampler, StopMatcher
-from turnwise.environments.transcript import Finish
+from turnwise.agents.transformers_sampling import Sampler
 
 if TYPE_CHECKING:
     from turnwise.agents.transformers_engine import TransformersEngine
@@ -21,38 +21,21 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 2048
 
 
-@dataclass(slots=True, eq=False)
-class Row:
-    """A reply that is being sampled."""
+@dataclass(slots=True, kw_only=True, eq=False)
+class Row(PartialReply):
+    """A reply that is being sampled, and what from."""
 
     prompt: Ids
-    matcher: StopMatcher
-    budget: int
     seed: int
     temperature: float
     top_p: float
     future: "asyncio.Future[None]"
     version: int = 0
-    ids: list[int] = field(default_factory=list)
-    log_probabilities: list[float] = field(default_factory=list)
-    finish: Finish | None = None
-    stop: str | None = None
 
     @property
     def fed(self) -> int:
         """How many of its tokens have keys and values: all but the last."""
         return len(self.prompt) + len(self.ids) - 1
-
-    def take(self, token: int, log_probability: float, ends: frozenset[int]) -> None:
-        """Appends a sampled token and notices where it ends the reply."""
-        self.ids.append(token)
-        self.log_probabilities.append(log_probability)
-        if stop := self.matcher.match(self.ids):
-            self.finish, self.stop = "stop", stop
-        elif token in ends:
-            self.finish = "end"
-        elif len(self.ids) == self.budget:
-            self.finish = "length"
 
 
 class Batch:
@@ -222,7 +205,7 @@ class Batch:
         done = []
         for index, (token, log_probability) in enumerate(zip(tokens.tolist(), sampled, strict=True), start=first):
             row = self._rows[index]
-            row.take(token, log_probability, self._engine.ends)
+            row.take(token, log_probability)
             if row.finish is not None or row.future.done():
                 done.append(index)
         for index in reversed(done):

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from turnwise.agents.chat import ChatTemplate
+from turnwise.agents.engine import Engine
 from turnwise.agents.transformers_batch import Batch, Row
 from turnwise.agents.transformers_cache import PrefixStore
-from turnwise.agents.transformers_sampling import StopMatcher, decode
 from turnwise.environments.errors import InputError
 from turnwise.environments.transcript import Reply
 
@@ -20,7 +20,7 @@ from turnwise.environments.transcript import Reply
 PREFIX_TOKENS = 65_536
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Continuous batching over one model: turns join the running batch as they come and leave it as they end.
 
     Nothing is started or closed: the batch is decoded by a task that lives while there are requests. The model is used
@@ -30,15 +30,13 @@ class TransformersEngine:
     The engine keeps the keys and values of the latest prompts and replies, at most `prefix_tokens` tokens in all, and
     computes only what a prompt adds to the longest beginning, of 16 tokens or more, that it shares with one of them:
     with earlier turns of its episode, or with other samples of the same prompt, also when they are asked for at once.
-    What is longer than `prefix_tokens` is not kept, so 0 shares nothing. `prompt_tokens` counts the tokens of all
-    prompts so far, and `prefix_tokens_reused` those of them that it did not compute again. `max_running` bounds the
-    batch.
+    What is longer than `prefix_tokens` is not kept, so 0 shares nothing. `max_running` bounds the batch.
 
     A reply's seed alone decides its random numbers, but not the last bits of its logits: matrix products round
     differently in batches of different sizes, and where a prefix was computed apart. In float32 that moves
     log-probabilities by about 1e-6, and a sampled token once in about a million; in bfloat16, far more often.
 
-    Raises `InputError` for a tokenizer that `ChatTemplate` refuses, and for a model with other than full attention.
+    Raises `InputError` as every engine does, and for a model with other than full attention.
     """
 
     def __init__(
@@ -53,17 +51,15 @@ class TransformersEngine:
     ) -> None:
         if max_running < 1:
             raise InputError(f"max_running must be at least 1; got {max_running}")
+        super().__init__(
+            tokenizer,
+            name=name or str(model.config.name_or_path) or type(model).__name__,
+            context=int(getattr(model.config, "max_position_embeddings", 2**31)),
+            end_tokens=model.generation_config.eos_token_id if model.generation_config else None,
+        )
         self.model = model
-        self.tokenizer = tokenizer
-        self.template = ChatTemplate(tokenizer)
-        self.name = name or str(model.config.name_or_path) or type(model).__name__
         self.max_running = max_running
-        self.context = int(getattr(model.config, "max_position_embeddings", 2**31))
-        self.prompt_tokens = 0
-        self.prefix_tokens_reused = 0
-        self.ends = _end_tokens(model, tokenizer)
         self.layers = _full_attention_layers(model)
-        self._matchers: dict[tuple[str, ...], StopMatcher] = {}
         self._prefix_limit = prefix_tokens
         self._batch: Batch | None = None
         self.version = version
@@ -82,10 +78,7 @@ class TransformersEngine:
 
         `dtype` is by default float32 on a CPU, where half precision is slow, and the saved one elsewhere.
         """
-        if isinstance(path, Path) or path.startswith((".", "/", "~")) or Path(path).is_dir():
-            path = Path(path).expanduser()
-            if not path.is_dir():
-                raise InputError(f"a model must be a checkpoint folder or a hub id; there is no folder {path}")
+        path = checkpoint(path)
         target = torch.device(device)
         try:
             tokenizer = load_tokenizer(path)
@@ -124,39 +117,21 @@ class TransformersEngine:
         temperature: float = 1.0,
         top_p: float = 1.0,
     ) -> Reply:
-        """Continues `prompt` until a closing tag, an end of sequence, `max_tokens`, or the end of the model's context.
-
-        Raises ValueError for a prompt that is empty or fills the context.
-        """
-        room = self.context - len(prompt)
-        if not prompt or room < 1:
-            raise ValueError(f"a prompt must have from 1 to {self.context - 1} tokens; this one has {len(prompt)}")
-        if max_tokens < 1:
-            raise ValueError(f"a turn must have room for at least 1 token; max_tokens is {max_tokens}")
-        future = asyncio.get_running_loop().create_future()
-        ids = np.array(prompt, dtype=np.int32)
-        row = Row(ids, self._matcher(stops), min(max_tokens, room), seed, temperature, top_p, future)
-        self._join(row)
-        await future
-        assert row.finish is not None, "a row without an end has no result"
-        words = row.ids[:-1] if row.finish == "end" else row.ids
-        return Reply(
-            text=decode(self.tokenizer, words),
-            token_count=len(row.ids),
-            finish=row.finish,
-            stop=row.stop,
-            token_ids=tuple(row.ids),
-            log_probabilities=tuple(row.log_probabilities),
-            prompt_token_ids=tuple(row.prompt.tolist()),
-            tokenizer=self.template.fingerprint,
-            model=self.name,
-            version=row.version,
+        """Has the batch continue `prompt`."""
+        budget = self._budget(prompt, max_tokens)
+        row = Row(
+            prompt=np.array(prompt, dtype=np.int32),
+            matcher=self._matcher(stops),
+            ends=self.ends,
+            budget=budget,
+            seed=seed,
+            temperature=temperature,
+            top_p=top_p,
+            future=asyncio.get_running_loop().create_future(),
         )
-
-    def _matcher(self, stops: tuple[str, ...]) -> StopMatcher:
-        if stops not in self._matchers:
-            self._matchers[stops] = StopMatcher(self.tokenizer, stops)
-        return self._matchers[stops]
+        self._join(row)
+        await row.future
+        return self._reply(tuple(row.prompt.tolist()), row, row.version)
 
     def _join(self, row: Row) -> None:
         loop = asyncio.get_running_loop()
@@ -166,6 +141,15 @@ class TransformersEngine:
                 raise RuntimeError("an engine serves one event loop at a time; another one is using it now")
             batch = self._batch = Batch(self, loop)
         batch.waiting.append(row)
+
+
+def checkpoint(path: str | Path) -> str | Path:
+    """A folder as a Path, and a hub id as a str. Raises `InputError` for what looks like a folder and is none."""
+    if isinstance(path, Path) or path.startswith((".", "/", "~")) or Path(path).is_dir():
+        path = Path(path).expanduser()
+        if not path.is_dir():
+            raise InputError(f"a model must be a checkpoint folder or a hub id; there is no folder {path}")
+    return path
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -179,13 +163,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         raise ValueError("it holds no tokenizer.json; call tokenizer.save_pretrained for this folder")
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(path)
     return tokenizer
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokenizer's end of sequence, and those of the model's generation settings (chat models often have two)."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    more = configured if isinstance(configured, list) else [configured]
-    return frozenset(int(token) for token in (tokenizer.eos_token_id, *more) if token is not None)
 
 
 def _full_attention_layers(model: PreTrainedModel) -> int:

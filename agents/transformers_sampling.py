@@ -1,49 +1,8 @@
-"""The next token of each row, and where a reply ends."""
+"""The next token of each row."""
 
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedTokenizerBase
-
-
-class StopMatcher:
-    """Finds the first closing tag as tokens arrive.
-
-    A tag that was added to the tokenizer as a token is found by its id alone. Any other is found in the text, since it
-    may span tokens, and may be followed by other characters within its last one.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
-        added = tokenizer.get_added_vocab()
-        self._by_id = {added[stop]: stop for stop in stops if stop in added}
-        self._by_text = [stop for stop in stops if stop not in added]
-        # A token decodes to at least one byte, so a tag's text lies within so many last tokens.
-        self._reach = max((len(stop.encode()) for stop in self._by_text), default=0)
-        self._last = {stop[-1] for stop in self._by_text} | {"\N{REPLACEMENT CHARACTER}"}
-        self._may_end: dict[int, bool] = {}
-        self._tokenizer = tokenizer
-
-    def match(self, ids: Sequence[int]) -> str | None:
-        """The tag that the last of `ids` completes; where it completes several, the one that ends first."""
-        if not self._by_text or not self._may_complete(ids[-1]):
-            return self._by_id.get(ids[-1])
-        tail = decode(self._tokenizer, ids[-self._reach :])
-        found = [(tail.find(stop) + len(stop), stop) for stop in self._by_text if stop in tail]
-        return min(found)[1] if found else self._by_id.get(ids[-1])
-
-    def _may_complete(self, token: int) -> bool:
-        """Whether the token's own text has the last character of a tag: spares nearly all decoding of the tail."""
-        if token not in self._may_end:
-            piece = decode(self._tokenizer, [token])
-            # Some tokenizers drop a space where a text begins.
-            self._may_end[token] = any(last in piece or last.isspace() for last in self._last)
-        return self._may_end[token]
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of `ids` as sampled: with special tokens, and with its spaces left alone."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
 
 GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 

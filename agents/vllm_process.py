@@ -2,6 +2,9 @@
 
 import asyncio
 import os
+import runpy
+import signal
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +19,8 @@ from vllm.engine.arg_utils import AsyncEngineArgs  # type: ignore[import-not-fou
 from vllm.platforms import current_platform  # type: ignore[import-not-found]
 from vllm.v1.engine.async_llm import AsyncLLM  # type: ignore[import-not-found]
 
+from turnwise.agents.chat import ChatTemplate
+from turnwise.agents.transformers_engine import checkpoint, load_tokenizer
 from turnwise.environments.errors import InputError
 
 ON_CPU = bool(current_platform.is_cpu())
@@ -27,6 +32,39 @@ if ON_CPU:
     vllm._custom_ops._supports_onednn = False
 
 T = TypeVar("T")
+
+
+def vllm_settings(
+    model: str | Path, *, cache_gigabytes: float, context: int | None, dtype: torch.dtype | str | None, max_running: int
+) -> dict[str, str | int | float]:
+    """What an engine and a server both tell vLLM; what is left out is for vLLM to choose.
+
+    Raises `InputError` for settings that cannot be meant.
+    """
+    if max_running < 1 or cache_gigabytes <= 0:
+        raise InputError(
+            "max_running must be at least 1 and cache_gigabytes above 0; got "
+            f"max_running={max_running}, cache_gigabytes={cache_gigabytes}"
+        )
+    settings: dict[str, str | int | float] = {
+        "model": str(model),
+        "max_num_seqs": max_running,
+        "kv_cache_memory_bytes": int(cache_gigabytes * 1e9),
+        "gpu_memory_utilization": 0.01,  # beside the line above, only the share that must be free at the start
+        "enable_prefix_caching": True,
+        "enforce_eager": ON_CPU,
+        "use_tqdm_on_load": False,
+        "logprobs_mode": "processed_logprobs",
+        "worker_extension_cls": f"{WeightLoader.__module__}.{WeightLoader.__qualname__}",
+    }
+    if context is not None:
+        settings["max_model_len"] = context
+    if dtype is not None or ON_CPU:
+        settings["dtype"] = str(dtype or torch.float32).removeprefix("torch.")
+    if ON_CPU:
+        # A prompt that is computed in pieces rewinds its seed, which no random generator on a CPU can.
+        settings |= {"block_size": 32, "enable_chunked_prefill": False}
+    return settings
 
 
 class LoopThread:
@@ -77,6 +115,41 @@ def start_vllm(arguments: AsyncEngineArgs) -> tuple[AsyncLLM, LoopThread]:
     except BaseException:
         thread.close(lambda: None)
         raise
+
+
+def serve(
+    model: str,
+    host: str,
+    port: int,
+    *,
+    cache_gigabytes: float,
+    context: int | None,
+    dtype: str | None,
+    max_running: int,
+) -> None:
+    """Makes this process vLLM's OpenAI-compatible server. It ends, at the latest, when its standard input does.
+
+    Raises `InputError`, or what vLLM raises, where it cannot serve.
+    """
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    path = checkpoint(model)
+    settings = vllm_settings(
+        path, cache_gigabytes=cache_gigabytes, context=context, dtype=dtype, max_running=max_running
+    )
+    ChatTemplate(load_tokenizer(path))
+    settings |= {"served_model_name": model, "host": host, "port": port, "disable_uvicorn_access_log": True}
+    sys.argv = ["vllm"]
+    for name, value in settings.items():
+        option = ("--no-" if value is False else "--") + name.replace("_", "-")
+        sys.argv += [option] if isinstance(value, bool) else [option, str(value)]
+    with _environment(CPU_ENVIRONMENT if ON_CPU else {}):
+        runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
+
+
+def _end_with_input() -> None:
+    while os.read(sys.stdin.fileno(), 1024):
+        pass
+    os.killpg(0, signal.SIGKILL)  # itself and vLLM's other processes
 
 
 class WeightLoader:

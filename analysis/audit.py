@@ -27,9 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from turnwise.agents.chat import fingerprint
+from turnwise.agents.chat import decode, fingerprint
 from turnwise.agents.transformers_engine import load_tokenizer
-from turnwise.agents.transformers_sampling import decode
 from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
 from turnwise.environments.transcript import Reply
@@ -229,6 +228,6 @@ def main(folder: Path, tokenizer: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from turnwise.cli import run
+    from turnwise.command import run
 
     run(main)

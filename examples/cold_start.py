@@ -28,6 +28,7 @@ from turnwise.agents.tiny import LONG, NOVICE
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
 from turnwise.analysis.tables import left_out
 from turnwise.analysis.thoughts import savings
+from turnwise.command import run_configured
 from turnwise.environments.arithmetic import arithmetic
 from turnwise.environments.errors import InputError
 from turnwise.environments.math_grader import MathGrader
@@ -133,4 +134,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_configured(main, Config)
+    run_configured(main, Config)

@@ -12,7 +12,8 @@ import re
 from turnwise.agents.scripted import ScriptedAgent
 from turnwise.agents.tiny import LONG, SHORT
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
-from turnwise.cli import open_environment, play_side_by_side, run
+from turnwise.cli import open_environment, play_side_by_side
+from turnwise.command import run
 from turnwise.environments.math_grader import MathGrader
 from turnwise.environments.transcript import Turn
 from turnwise.protocols.graph import END, GraphProtocol, State, TurnGraph

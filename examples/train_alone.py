@@ -13,7 +13,8 @@ from rich.console import Console
 
 from turnwise.agents.tiny import LONG
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
-from turnwise.cli import play_shown, run_configured, show_results, train_shown
+from turnwise.cli import play_shown, show_results, train_shown
+from turnwise.command import run_configured
 from turnwise.environments.arithmetic import arithmetic
 from turnwise.environments.math_grader import MathGrader
 from turnwise.protocols.lengths import KimiLength

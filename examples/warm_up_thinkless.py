@@ -20,6 +20,7 @@ from turnwise import cli
 from turnwise.agents.tiny import LONG, NOVICE, ROUTER
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
 from turnwise.analysis.tables import left_out
+from turnwise.command import run_configured
 from turnwise.environments.arithmetic import arithmetic
 from turnwise.environments.math_grader import MathGrader
 from turnwise.environments.problem import Problem
@@ -98,4 +99,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_configured(main, Config)
+    run_configured(main, Config)

@@ -16,8 +16,7 @@ from tempfile import TemporaryDirectory
 
 from datasets import Dataset, Features, List, Value  # type: ignore[import-untyped]
 
-from turnwise.agents.chat import ChatTemplate
-from turnwise.agents.transformers_sampling import decode
+from turnwise.agents.chat import ChatTemplate, decode
 from turnwise.environments.benchmarks import quiet_datasets
 from turnwise.environments.errors import InputError
 from turnwise.environments.problem import Problem

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from turnwise.agents.tiny import LONG
 from turnwise.analysis.control import Control
-from turnwise.cli import read_config, read_problems, show_pool, show_results, stages_shown, train_shown
+from turnwise.cli import read_problems, show_pool, show_results, stages_shown, train_shown
+from turnwise.command import read_config
 from turnwise.environments.environment import Environment, Grade, Grader, Outcome
 from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
@@ -75,7 +76,8 @@ def test_a_seat_without_an_agent(tmp_path: Path) -> None:
     script.write_text(
         "from rich.console import Console\n"
         "from turnwise.agents.scripted import ScriptedAgent\n"
-        "from turnwise.cli import open_environment, play_shown, run\n"
+        "from turnwise.cli import open_environment, play_shown\n"
+        "from turnwise.command import run\n"
         "from turnwise.environments.math_grader import MathGrader\n"
         "from turnwise.protocols.long_short import LongShort\n"
         "def main() -> None:\n"
@@ -247,7 +249,7 @@ def test_a_script_with_a_config_says_in_one_line_what_is_wrong_with_its_flags(tm
     script = tmp_path / "script.py"
     script.write_text(
         "from pydantic import BaseModel, ConfigDict\n"
-        "from turnwise.cli import run_configured\n"
+        "from turnwise.command import run_configured\n"
         "class Config(BaseModel):\n"
         "    'Says how often.'\n"
         "    model_config = ConfigDict(extra='forbid')\n"

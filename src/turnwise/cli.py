@@ -1,18 +1,13 @@
-"""What the command line and the examples share: problems by name, progress to watch, and one-line errors."""
+"""What the examples share: problems by name, progress to watch, and results to look at."""
 
 import asyncio
-import sys
-import tomllib
-from argparse import ArgumentError, ArgumentParser
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import orjson
-import typer
-from pydantic import BaseModel, ValidationError
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -37,83 +32,7 @@ if TYPE_CHECKING:
     from turnwise.rl.sft import SFTSettings
     from turnwise.rl.trainer import Trainer
 
-C = TypeVar("C", bound=BaseModel)
-
 SEAT_STYLES = ("cyan", "yellow", "green", "magenta", "blue")
-
-
-def run(main: Callable[..., None]) -> None:
-    """Runs a script's `main` with its flags. What a user must mend is one line on stderr, and exit code 2."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
-    _tell_faults(app)
-
-
-def run_configured(main: Callable[[C], None], config: type[C]) -> None:
-    """Runs a script's `main` with a config: its defaults, then the TOML file of `--config`, then the other flags.
-
-    A nested setting is a table in the file and a dotted flag: `--learner.loss.alpha 0.5`. Errors are as `run` shows
-    them; the docstring of `config` is what `--help` says.
-    """
-
-    def configured() -> None:
-        settings = read_config(config, sys.argv[1:])
-        from transformers.utils import logging  # slow to import: `--help` need not wait for it
-
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one a file would drown the line of training
-        main(settings)
-
-    _tell_faults(configured)
-
-
-def read_config(config: type[C], arguments: list[str]) -> C:
-    """The config that a command line asks for. Raises InputError for a file or a setting that it cannot use."""
-    # argparse's heavy sister: only where a config is read
-    from pydantic_settings import BaseSettings, CliApp, InitSettingsSource, SettingsConfigDict, SettingsError
-
-    files = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    files.add_argument("--config", type=Path)
-    try:
-        known, flags = files.parse_known_args(arguments)
-    except ArgumentError as error:
-        raise InputError(f"{error}; --help lists all flags") from None
-    written: dict[str, object] = {}
-    if known.config is not None:
-        try:
-            written = tomllib.loads(known.config.read_text())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise InputError(f"--config must name a TOML file; {known.config} cannot be read: {error}") from None
-
-    class Settings(BaseSettings, config):  # type: ignore[misc, valid-type]
-        __doc__ = f"{config.__doc__} --config FILE reads settings from a TOML file; the other flags go over them."
-        model_config = SettingsConfigDict(
-            nested_model_default_partial_update=True, case_sensitive=True, cli_hide_none_type=True,
-            cli_avoid_json=True, cli_implicit_flags=True, cli_kebab_case=True, cli_exit_on_error=False,
-        )  # fmt: skip
-
-        @classmethod
-        def settings_customise_sources(  # type: ignore[override]
-            cls, settings_cls: type[BaseSettings], **_: object
-        ) -> tuple[InitSettingsSource, ...]:
-            return (InitSettingsSource(settings_cls, written),)  # and not the environment's variables
-
-    try:
-        read = CliApp.run(Settings, cli_args=flags)
-    except ValidationError as errors:
-        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}; got {e['input']!r}" for e in errors.errors()]
-        raise InputError("; ".join(faults)) from None
-    except SettingsError as error:
-        raise InputError(f"{error}; --help lists all flags") from None
-    return config(**{name: getattr(read, name) for name in config.model_fields})
-
-
-def _tell_faults(command: Callable[[], None]) -> None:
-    """Runs a command; what a user must mend is one line on stderr, and exit code 2."""
-    try:
-        command()
-    except InputError as error:
-        Console(stderr=True, soft_wrap=True).print(Text(f"error: {error}", style="red"))
-        sys.exit(2)
 
 
 def open_environment(problems: str, grader: Grader, *, number: int, seed: int) -> Environment:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from turnwise.agents.engine import StopMatcher
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
 from turnwise.agents.transformers_engine import load_tokenizer
-from turnwise.agents.transformers_sampling import Sampler, StopMatcher, exponential
+from turnwise.agents.transformers_sampling import Sampler, exponential
 from turnwise.environments.errors import InputError
 from turnwise.environments.transcript import Message, Reply, Turn
 

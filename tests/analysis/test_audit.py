@@ -20,7 +20,7 @@ from turnwise.agents.transformers_agent import TransformersAgent, TransformersEn
 from turnwise.agents.transformers_engine import load_tokenizer
 from turnwise.analysis import audit as module
 from turnwise.analysis.audit import Audit, audit, main
-from turnwise.cli import run
+from turnwise.command import run
 from turnwise.environments.arithmetic import arithmetic
 from turnwise.environments.environment import Grade, Grader, Outcome
 from turnwise.environments.episode import Episode
