@@ -21,7 +21,8 @@ from turnwise.protocols.lengths import KimiLength
 from turnwise.protocols.rewards import Correctness, RewardSum, Schedule, Weighted
 from turnwise.protocols.solo import Solo
 from turnwise.rl.learner import LearnerSettings
-from turnwise.rl.trainer import Policy, Trainer, TrainingSettings
+from turnwise.rl.trained_policy import Policy
+from turnwise.rl.trainer import Trainer, TrainingSettings
 
 
 class Config(BaseModel):

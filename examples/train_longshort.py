@@ -31,7 +31,8 @@ from turnwise.protocols.solo import Solo
 from turnwise.rl.learner import LearnerSettings
 from turnwise.rl.opponent_pool import cells_played, opponent_pool
 from turnwise.rl.summary import summarise
-from turnwise.rl.trainer import Policy, Trainer, TrainingSettings
+from turnwise.rl.trained_policy import Policy
+from turnwise.rl.trainer import Trainer, TrainingSettings
 
 LENGTHS = {"kimi": KimiLength(), "arora-zanette": AroraZanetteLength()}
 

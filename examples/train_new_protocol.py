@@ -22,7 +22,8 @@ from turnwise.environments.arithmetic import arithmetic
 from turnwise.environments.math_grader import MathGrader
 from turnwise.protocols.solo import Solo
 from turnwise.rl.learner import LearnerSettings
-from turnwise.rl.trainer import Policy, Trainer, TrainingSettings
+from turnwise.rl.trained_policy import Policy
+from turnwise.rl.trainer import Trainer, TrainingSettings
 
 
 class Config(BaseModel):

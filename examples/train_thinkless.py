@@ -28,7 +28,8 @@ from turnwise.protocols.rewards import RewardSum, ThinklessTable
 from turnwise.protocols.thinkless import Thinkless
 from turnwise.rl.learner import LearnerSettings
 from turnwise.rl.loss import LossSettings
-from turnwise.rl.trainer import Policy, Trainer, TrainingSettings
+from turnwise.rl.trained_policy import Policy
+from turnwise.rl.trainer import Trainer, TrainingSettings
 
 
 class Config(BaseModel):
@@ -62,8 +63,9 @@ def main(config: Config) -> None:
         trainer = Trainer(protocol, policies, train, test, config.training, config.output)
         train_shown(trainer, console)
 
-        trained = TransformersAgent(trainer.engines["solver"], temperature=config.training.evaluation_temperature)
-        before = TransformersAgent(TransformersEngine.load(config.model), temperature=trained.temperature)
+        temperature = config.training.evaluation_temperature
+        trained = trainer.team(temperature)["solver"]
+        before = TransformersAgent(TransformersEngine.load(config.model), temperature=temperature)
         think, short = (Thinkless(mode=mode, **budgets) for mode in ("think", "short"))
         played = {
             "trained": (protocol, trained, 1),

@@ -1,13 +1,12 @@
 """Several policies trained together: rollouts, credit, updates, evaluation, checkpoints."""
 
 import asyncio
-import copy
 import random
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,10 +14,9 @@ from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
-from safetensors import SafetensorError
 
 from turnwise.agents.agent import Agent
-from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
+from turnwise.agents.engine import EngineAgent
 from turnwise.environments.environment import Environment
 from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
@@ -27,27 +25,15 @@ from turnwise.environments.seeds import turn_seed
 from turnwise.protocols.protocol import ReasoningProtocol
 from turnwise.rl.advantage import Estimator, Grouping, assign_credit
 from turnwise.rl.episode_store import EpisodeStore
-from turnwise.rl.learner import Learner, LearnerSettings
 from turnwise.rl.metrics import MetricsLog, collapsed_mode, evaluation_figures, mode_shares, training_figures
 from turnwise.rl.rollout import in_order, rollout
 from turnwise.rl.rounds import Round, parse_rounds
 from turnwise.rl.run_folder import Run, claim, write_whole
 from turnwise.rl.summary import Summary, accuracy_efficiency_score, summarise
+from turnwise.rl.trained_policy import EmbeddedPolicy, Policy, TrainedPolicy
 
 # So many steps with but one mode raise the alarm.
 COLLAPSED_FOR = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """Weights that are trained, the seats that they fill, and how they learn.
-
-    `model` is a checkpoint folder or a hub id. One policy in several seats is trained on what all of them said.
-    """
-
-    model: str | Path
-    seats: tuple[str, ...]
-    learner: LearnerSettings = field(default_factory=LearnerSettings)
 
 
 class TrainingSettings(BaseModel):
@@ -97,9 +83,12 @@ class Report:
 class Trainer:
     """Trains `policies` on the problems of `environment`, and evaluates them on those of `evaluation`.
 
-    The seats that no policy fills are filled by `partners`. `folder` holds the whole run: `metrics.jsonl`, events for
-    TensorBoard, `episodes/`, `policies/NAME/rK` (the weights after the K-th of a policy's rounds), `best/NAME` (of the
-    evaluation with the best AES against the first one) and `checkpoint.pt`. A run that was stopped goes on from there:
+    The seats that no policy fills are filled by `partners`. `backend` opens each policy where it is to be trained: it
+    is called with the policy, how many `updates` that will have, and the `temperature` of what it learns from.
+
+    `folder` holds the whole run: `metrics.jsonl`, events for TensorBoard, `episodes/`, `policies/NAME/rK` (the weights
+    after the K-th of a policy's rounds), `best/NAME` (of the evaluation with the best AES against the first one),
+    `checkpoint.pt`, and beside it `states/` where a backend writes there. A run that was stopped goes on from there:
     all randomness comes from the seed and the number of the step, so it ends, bit for bit, as if it had not stopped.
 
     Raises InputError for seats without an agent, policies without a seat, groups that are too small to be compared,
@@ -116,7 +105,7 @@ class Trainer:
         folder: str | Path,
         *,
         partners: Mapping[str, Agent] | None = None,
-        device: str = "cpu",
+        backend: Callable[..., TrainedPolicy] = EmbeddedPolicy,
     ) -> None:
         self.protocol, self.policies, self.settings, self.folder = protocol, policies, settings, Path(folder)
         self.environment, self.evaluation = environment, evaluation
@@ -124,13 +113,16 @@ class Trainer:
         self.rounds = parse_rounds(settings.rounds or "+".join(policies), settings.steps, tuple(policies))
         self._check()
         self.steps = self.rounds[-1].end
-        self.engines = {
-            name: TransformersEngine.load(policy.model, device=device, dtype=torch.float32)
+        self.trained = {
+            name: backend(
+                policy,
+                updates=settings.steps * sum(name in round.trains for round in self.rounds),
+                temperature=settings.temperature,
+            )
             for name, policy in policies.items()
         }
         # Not before the models are there: a slip in their path would leave the folder taken.
         claim(self.folder, self._run())
-        self._learners = {name: self._learner(name, policy) for name, policy in policies.items()}
         self._done = -1
         self._base: tuple[float, float] | None = None
         self._best = float("-inf")
@@ -159,7 +151,7 @@ class Trainer:
         """All agents, the policies as they are now, at some temperature."""
         team = dict(self._partners)
         for name, policy in self.policies.items():
-            agent = TransformersAgent(self.engines[name], temperature=temperature, name=name)
+            agent = EngineAgent(self.trained[name].engine, temperature=temperature, name=name)
             team |= dict.fromkeys(policy.seats, agent)
         return team
 
@@ -183,7 +175,7 @@ class Trainer:
                 grouping=self.settings.grouping, skip_equal=self.settings.skip_equal,
             )  # fmt: skip
             seed = self._seed("update", step)
-            learnt = self._learners[name].update(credit.samples, control_states=control, seed=seed)
+            learnt = self.trained[name].update(credit.samples, control_states=control, seed=seed)
             counts = {"groups": credit.groups, "groups_equal": credit.equal, "groups_single": credit.single}
             figures |= {f"{name}/{figure}": value for figure, value in {**counts, **learnt}.items()}
         self._shares.append(mode_shares(figures))
@@ -217,11 +209,10 @@ class Trainer:
         on how long grading takes. The engines forget what they have cached, for the same reason, and since weights may
         have changed.
         """
-        for name, engine in self.engines.items():
-            engine.version = self._learners[name].version
         team = self.team(temperature)
 
         async def gather() -> list[Episode]:
+            await asyncio.gather(*(trained.publish() for trained in self.trained.values()))
             stream = rollout(
                 self.protocol, team, environment, samples=samples, seed=seed, store=store,
                 concurrency=len(environment.problems) * samples,
@@ -257,28 +248,26 @@ class Trainer:
         self._save_weights(name, self.folder / "policies" / name / f"r{rounds}")
 
     def _save_weights(self, name: str, folder: Path) -> None:
-        engine = self.engines[name]
-
-        def write(path: Path) -> None:
-            try:
-                engine.model.save_pretrained(path)
-            except SafetensorError as error:  # what safetensors makes of a full disk
-                raise OSError(str(error)) from error
-            engine.tokenizer.save_pretrained(path)
-
-        write_whole(folder, write)
+        write_whole(folder, self.trained[name].save_pretrained)
 
     def _save(self) -> None:
-        """What has to be known to go on. Randomness and the position in the data follow from the number of the step."""
+        """What has to be known to go on. Randomness and the position in the data follow from the number of the step.
+
+        What policies write beside it stands in a folder of the step's own, until the next one is whole.
+        """
+        states = self.folder / "states"
         state = {
             "run": self._run(),
             "step": self._done,
-            "learners": {name: learner.state() for name, learner in self._learners.items()},
+            "policies": {name: one.state(states / f"{self._done:06}" / name) for name, one in self.trained.items()},
             "base": self._base,
             "best": self._best,
             "shares": [dict(shares) for shares in self._shares],
         }
         write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+        for older in states.glob("*"):
+            if older.name != f"{self._done:06}":
+                shutil.rmtree(older, ignore_errors=True)
 
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
@@ -297,8 +286,8 @@ class Trainer:
                 f"{path} is the checkpoint of another run: it differs in {', '.join(different)}; remove it, and the "
                 "run begins anew"
             )
-        for name, learner in self._learners.items():
-            learner.load(state["learners"][name])
+        for name, trained in self.trained.items():
+            trained.load(state["policies"][name], self.folder / "states" / f"{state['step']:06}" / name)
         self._done, self._base, self._best = state["step"], state["base"], state["best"]
         self._shares.clear()
         self._shares.extend(state["shares"])
@@ -314,16 +303,6 @@ class Trainer:
         for name, policy in self.policies.items():
             run[f"policy {name}"] = f"{policy.model} in {', '.join(policy.seats)}: {policy.learner.model_dump_json()}"
         return run
-
-    def _learner(self, name: str, policy: Policy) -> Learner:
-        model = self.engines[name].model
-        return Learner(
-            model,
-            policy.learner,
-            updates=self.settings.steps * sum(name in round.trains for round in self.rounds),
-            temperature=self.settings.temperature,
-            reference=copy.deepcopy(model) if policy.learner.loss.kl_coefficient else None,
-        )
 
     def _seed(self, what: str, step: int) -> int:
         return turn_seed(self.settings.seed, what, step, 0)

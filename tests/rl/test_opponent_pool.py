@@ -13,7 +13,8 @@ from turnwise.rl.learner import LearnerSettings
 from turnwise.rl.opponent_pool import cells_played, opponent_pool, weights_by_round
 from turnwise.rl.rounds import parse_rounds
 from turnwise.rl.summary import Summary
-from turnwise.rl.trainer import Policy, Trainer, TrainingSettings
+from turnwise.rl.trained_policy import Policy
+from turnwise.rl.trainer import Trainer, TrainingSettings
 
 POLICIES = ("long", "short")
 
@@ -71,8 +72,8 @@ def figures(summaries: list[Summary] | tuple[Summary, ...]) -> list[Mapping[str,
 
 def weights(trainer: Trainer) -> dict[str, float]:
     return {
-        name: sum(float(tensor.double().sum()) for tensor in engine.model.state_dict().values())
-        for name, engine in trainer.engines.items()
+        name: sum(float(tensor.double().sum()) for tensor in trained.engine.model.state_dict().values())
+        for name, trained in trainer.trained.items()
     }
 
 

@@ -47,7 +47,8 @@ from turnwise.rl.learner import LearnerSettings
 from turnwise.rl.loss import LossSettings
 from turnwise.rl.metrics import read_metrics
 from turnwise.rl.rounds import Round
-from turnwise.rl.trainer import Policy, Report, Trainer, TrainingSettings, problems_of_step
+from turnwise.rl.trained_policy import Policy
+from turnwise.rl.trainer import Report, Trainer, TrainingSettings, problems_of_step
 
 STEPS = 20
 SETTINGS = TrainingSettings(
@@ -200,7 +201,7 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
 
 def fingerprints(trainer: Trainer) -> dict[str, str]:
     """Of the weights of each policy."""
-    return {name: fingerprint(engine.model.state_dict()) for name, engine in trainer.engines.items()}
+    return {name: fingerprint(trained.engine.model.state_dict()) for name, trained in trainer.trained.items()}
 
 
 def saved(folder: Path) -> str:
