@@ -52,6 +52,8 @@ class VLLMEngine(Engine):
         )
         self.version = version
         self.vocabulary = int(llm.model_config.get_vocab_size())
+        # vLLM refuses to be told of an end that it cannot sample.
+        self.ends = frozenset(token for token in self.ends if token < self.vocabulary)
         cache = llm.vllm_config.cache_config
         self.cache_tokens = int(cache.num_gpu_blocks * cache.block_size)
         self._added = tokenizer.get_added_vocab()

@@ -3,7 +3,6 @@
 python -m turnwise.agents.vllm_server MODEL --port 8000
 """
 
-import contextlib
 import http.client
 import json
 import os
@@ -14,10 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
-
-import typer
 
 from turnwise.environments.errors import InputError
 
@@ -109,7 +107,7 @@ class VLLMServer:
         """Ends the server, and what it still answers. Does nothing where it has ended."""
         if self._process is not None:
             self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE)
         self.kill()
 
@@ -117,7 +115,7 @@ class VLLMServer:
         """Ends the server as a crash would, with all its processes."""
         if self._process is None or self._process.stdin is None or self._said is None:
             return
-        with contextlib.suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._process.stdin.close()
@@ -131,7 +129,7 @@ class VLLMServer:
             raise self._failure()
 
     def _healthy(self) -> bool:
-        with contextlib.closing(http.client.HTTPConnection(*self._address, timeout=5)) as connection:
+        with closing(http.client.HTTPConnection(*self._address, timeout=5)) as connection:
             try:
                 connection.request("GET", "/health")
                 return connection.getresponse().status == 200
@@ -174,19 +172,17 @@ def main(
 ) -> None:
     """Serves MODEL, a checkpoint folder or a hub id, until Ctrl-C. A key is read from VLLM_API_KEY."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with VLLMServer.start(
+    with (
+        suppress(KeyboardInterrupt),
+        VLLMServer.start(
             model, host=host, port=port, cache_gigabytes=cache_gigabytes, context=context, max_running=max_running
-        ) as server:
-            agent = f'TokenServerAgent(Server("{server.url}", "{server.model}"), load_tokenizer("{server.model}"))'
-            print(f"serving at {server.url} until Ctrl-C: {agent}", flush=True)
-            server.wait()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt:
-        pass
+        ) as server,
+    ):
+        print(f"serving {model} until Ctrl-C; examples take it with --engine server --url {server.url}", flush=True)
+        server.wait()
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    from turnwise.command import run
+
+    run(main)
