@@ -2,16 +2,18 @@
 PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
+OPENRLHF := .venv-openrlhf
 RUN := $(VENV)/bin
 # The tiny models run best on one thread; several, on a machine with other work, only wait for each other.
 demo test bench studies: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test vllm check bench studies tiny-models clean
+.PHONY: help demo test vllm openrlhf check bench studies tiny-models clean
 
 help:
 	@echo "make demo         two tiny language models solve problems in turns"
 	@echo "make test         all tests, with coverage"
 	@echo "make vllm         the tests and the benchmark on real vLLM, on the CPU, in .venv-vllm (1.8 GB)"
+	@echo "make openrlhf     the tests on real OpenRLHF, Ray and DeepSpeed, on the CPU, in .venv-openrlhf (2.2 GB)"
 	@echo "make check        formatting, lint, types, layers"
 	@echo "make bench        what a turn, a token, a trained token and a rollout cost, beside other libraries"
 	@echo "make studies      both papers on a laptop: every training run behind docs/results (two to three hours)"
@@ -35,6 +37,14 @@ vllm: $(VLLM)/installed
 	  $(foreach file,agent engine process server,--cov=turnwise.agents.vllm_$(file))
 	$(VLLM)/bin/python benchmarks/engine.py --only engines
 
+openrlhf: export OMP_NUM_THREADS ?= 1
+openrlhf: export HF_HUB_OFFLINE := 1
+# Each rank is a process that imports OpenRLHF anew.
+openrlhf: export PYTHONDONTWRITEBYTECODE :=
+
+openrlhf: $(OPENRLHF)/installed
+	$(OPENRLHF)/bin/python -m pytest tests/openrlhf
+
 check: $(VENV)/dev
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
@@ -56,7 +66,7 @@ tiny-models: $(VENV)/local
 	$(RUN)/python -m turnwise.rl.tiny_models runs/tiny
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist
+	rm -rf $(VENV) $(VLLM) $(OPENRLHF) build dist
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("turnwise needs Python 3.11 or later; run make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -72,9 +82,12 @@ $(VENV)/%: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@
 
-# An environment of its own, with exact versions throughout: what vLLM needs is more than turnwise may ask for.
+# Environments of their own, with exact versions throughout: what these need is more than turnwise may ask for.
 $(VLLM)/installed: constraints-vllm.txt
-	$(PYTHON) -m venv --clear $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+$(OPENRLHF)/installed: constraints-openrlhf.txt constraints-vllm.txt
+
+$(VLLM)/installed $(OPENRLHF)/installed:
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@

@@ -1,5 +1,6 @@
 """What an engine is, and the agent that speaks with one."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -61,10 +62,7 @@ class Engine(ABC):
 
     def check_sampling(self, temperature: float, top_p: float) -> None:
         """Raises `InputError` for what no turn could be sampled at."""
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise InputError(
-                f"temperature must be at least 0 and top_p within (0, 1]; got temperature={temperature}, top_p={top_p}"
-            )
+        check_sampling(temperature, top_p)
 
     def _budget(self, prompt: Sequence[int], max_tokens: int) -> int:
         """How many tokens the reply may have. Raises ValueError as `sample` does."""
@@ -94,6 +92,17 @@ class Engine(ABC):
             model=self.name,
             version=version,
         )
+
+
+def check_sampling(temperature: float, top_p: float, *, by_vllm: bool = False) -> None:
+    """Raises `InputError` for what is no temperature or no nucleus, and for what vLLM would not sample at."""
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise InputError(
+            f"temperature must be at least 0 and top_p within (0, 1]; got temperature={temperature}, top_p={top_p}"
+        )
+    # vLLM takes what lies between as 0.01, and refuses what lies above.
+    if by_vllm and not (temperature == 0 or 0.01 <= temperature <= 2):
+        raise InputError(f"for vLLM, temperature must be 0 or within [0.01, 2]; got temperature={temperature}")
 
 
 class EngineAgent(Agent):

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, FiniteFloat
 
 from turnwise.agents.agent import Agent
 from turnwise.agents.chat import ChatTemplate, decode
-from turnwise.agents.engine import StopMatcher
+from turnwise.agents.engine import StopMatcher, check_sampling
 from turnwise.agents.server_connection import Json, Line, PassingError, Server
 from turnwise.environments.errors import InputError
 from turnwise.environments.transcript import Finish, Reply, Turn
@@ -31,10 +31,7 @@ class ServerAgent(Agent):
     """
 
     def __init__(self, server: Server, *, temperature: float = 1.0, top_p: float = 1.0, name: str = "") -> None:
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise InputError(
-                f"temperature must be at least 0 and top_p within (0, 1]; got temperature={temperature}, top_p={top_p}"
-            )
+        check_sampling(temperature, top_p)
         self.server = server
         self.temperature = temperature
         self.top_p = top_p
@@ -88,6 +85,7 @@ class TokenServerAgent(ServerAgent):
         name: str = "",
     ) -> None:
         super().__init__(server, temperature=temperature, top_p=top_p, name=name)
+        check_sampling(temperature, top_p, by_vllm=True)
         self.template = ChatTemplate(tokenizer)
         self._added = tokenizer.get_added_vocab()
         self._contexts: dict[str, int] = {}

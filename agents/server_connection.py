@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import email.utils
 import hashlib
+import logging
 import os
 import random
 import time
@@ -20,6 +21,7 @@ T = TypeVar("T")
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 
+LOG = logging.getLogger(__name__)
 LONGEST_BACKOFF = 60.0
 NO_KEY = "no-key-is-needed"
 
@@ -99,6 +101,7 @@ class Server:
         self.version = version
         self._key()
         self._rests_until = dict.fromkeys(self.urls, 0.0)
+        self._told = set[str]()
         self._open: _Open | None = None
 
     async def ask(self, attempt: Callable[[Line], Awaitable[T]], *, seed: int, opening: str) -> T:
@@ -125,6 +128,7 @@ class Server:
                 if fault.fatal is not None:
                     raise fault.fatal
                 failures += 1
+                self._tell(line.url, fault.reason)
                 self._rests_until[line.url] = time.monotonic() + max(self.rest, fault.pause)
                 wait = 0.0
                 if failures >= len(lines) or all(map(self._rests, lines)):
@@ -137,6 +141,12 @@ class Server:
                         f"{failures}, at {line.url}: {fault.reason}"
                     )
                 await asyncio.sleep(wait)
+
+    def _tell(self, url: str, reason: str) -> None:
+        """Says once of each URL that it failed: a run that only waits should not do so in silence."""
+        if url not in self._told:
+            self._told.add(url)
+            LOG.warning("%s: %s; each turn is asked for again for up to %g s", url, reason, self.deadline)
 
     def _choose(self, lines: Sequence[Line], opening: str) -> Line:
         """Of those that do not rest the first with a free slot, in an order that the opening decides."""

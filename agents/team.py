@@ -1,10 +1,10 @@
 """Who fills the seats, by the names of models: in this process, with vLLM, or with a server."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from rich.console import Console
 
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     import torch
 
 EngineName = Literal["transformers", "vllm", "server"]
+NO_VLLM = "vLLM is not installed: pip install 'turnwise[vllm]', or, on a CPU, make vllm, which puts it into .venv-vllm"
+
+
+class Maker(Protocol):
+    """Makes agents that share an engine."""
+
+    def __call__(self, *, temperature: float, top_p: float = 1.0) -> Agent:
+        """One that speaks at this temperature, within this nucleus."""
 
 
 @contextmanager
@@ -27,27 +35,27 @@ def open_team(
     urls: Sequence[str] = (),
     key_variable: str = "",
     cache_gigabytes: float = 1.0,
+    context: int | None = None,
 ) -> Iterator[dict[str, Agent]]:
     """A token-exact agent for each seat, that speaks with its model: a checkpoint folder, or an id of the hub.
 
     Seats with the same model share one engine. `device` is for transformers; vLLM takes the GPU where there is one,
-    and there `cache_gigabytes` beside the weights, for each model. Of a server, `urls` are the base URLs, "URL" where
-    it serves all models, "SEAT=URL" where each has its own; several for a seat stand in for each other.
+    and there `cache_gigabytes` beside the weights, for each model, whose `context` is else its own. Of a server, `urls`
+    are the base URLs, "URL" where it serves all models, "SEAT=URL" where each has its own; several for a seat stand in
+    for each other. Its key, if it wants one, is in the environment variable `key_variable`.
 
     Raises `InputError` for a model that cannot be loaded, URLs that name no seat, seats that have none, and an engine
     whose packages are not installed.
     """
-    by_seat = _urls(tuple(models), urls) if engine == "server" else dict.fromkeys(models, ())
-    if urls and engine != "server":
-        raise InputError(f"URLs are for the engine 'server'; this one is {engine!r}: leave them out, or change it")
+    by_seat = _urls(tuple(models), urls) if engine == "server" else dict.fromkeys(models, tuple(urls))
     with ExitStack() as open_engines:
-        makers: dict[tuple[str | Path, tuple[str, ...]], Callable[..., Agent]] = {}
+        makers: dict[tuple[str | Path, tuple[str, ...]], Maker] = {}
         for seat, model in models.items():
             if (model, by_seat[seat]) not in makers:
                 makers[model, by_seat[seat]] = open_engines.enter_context(
                     open_engine(
                         model, engine, device=device, urls=by_seat[seat], key_variable=key_variable,
-                        cache_gigabytes=cache_gigabytes,
+                        cache_gigabytes=cache_gigabytes, context=context,
                     )
                 )  # fmt: skip
         yield {seat: makers[model, by_seat[seat]](temperature=temperature) for seat, model in models.items()}
@@ -62,25 +70,31 @@ def open_engine(
     urls: Sequence[str] = (),
     key_variable: str = "",
     cache_gigabytes: float = 1.0,
+    context: int | None = None,
     dtype: "torch.dtype | None" = None,
-) -> Iterator[Callable[..., Agent]]:
-    """What makes agents of one model, at the `temperature` and `top_p` that it is called with. Else as `open_team`.
+    deadline: float = 1800.0,
+) -> Iterator[Maker]:
+    """What makes agents of one model. Else as `open_team`.
 
-    `dtype` is by default float32 on a CPU, and the saved one on a GPU; a server has its own.
+    `dtype` is by default float32 on a CPU, and the saved one on a GPU; a server has its own. `deadline` is how many
+    seconds a server has to answer a turn.
     """
+    if urls and engine != "server":
+        raise InputError(f"URLs are for the engine 'server'; this one is {engine!r}: leave them out, or change it")
     with ExitStack() as open_engines:
         try:
             if engine == "transformers":
                 maker = _transformers(model, device, dtype)
             elif engine == "vllm":
-                maker = _vllm(model, cache_gigabytes, dtype, open_engines)
+                maker = _vllm(model, cache_gigabytes, context, dtype, open_engines)
             else:
-                maker = _server(model, urls, key_variable)
+                maker = _server(model, urls, key_variable, deadline)
         except ModuleNotFoundError as error:
+            if engine == "vllm":
+                raise InputError(NO_VLLM) from error
             extra = "local" if engine == "transformers" else engine
             raise InputError(
                 f"the engine {engine!r} needs the package {error.name}: pip install 'turnwise[{extra}]'"
-                + (", or, on a CPU, make vllm, which puts it into .venv-vllm" if engine == "vllm" else "")
             ) from error
         yield maker
 
@@ -88,27 +102,32 @@ def open_engine(
 # Each imports what only it needs.
 
 
-def _transformers(model: str | Path, device: str, dtype: "torch.dtype | None") -> Callable[..., Agent]:
+def _transformers(model: str | Path, device: str, dtype: "torch.dtype | None") -> Maker:
     from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
 
     return partial(TransformersAgent, TransformersEngine.load(model, device=device, dtype=dtype))
 
 
 def _vllm(
-    model: str | Path, cache_gigabytes: float, dtype: "torch.dtype | None", open_engines: ExitStack
-) -> Callable[..., Agent]:
+    model: str | Path,
+    cache_gigabytes: float,
+    context: int | None,
+    dtype: "torch.dtype | None",
+    open_engines: ExitStack,
+) -> Maker:
     from turnwise.agents.vllm_agent import VLLMAgent, VLLMEngine
 
     with Console(stderr=True).status(f"starting vLLM with {model}"):
-        engine = open_engines.enter_context(VLLMEngine.load(model, cache_gigabytes=cache_gigabytes, dtype=dtype))
+        engine = VLLMEngine.load(model, cache_gigabytes=cache_gigabytes, context=context, dtype=dtype)
+    open_engines.enter_context(engine)
     return partial(VLLMAgent, engine)
 
 
-def _server(model: str | Path, urls: Sequence[str], key_variable: str) -> Callable[..., Agent]:
+def _server(model: str | Path, urls: Sequence[str], key_variable: str, deadline: float) -> Maker:
     from turnwise.agents.server_agent import Server, TokenServerAgent
     from turnwise.agents.transformers_engine import checkpoint, load_tokenizer
 
-    server = Server(urls, str(model), key_variable=key_variable)
+    server = Server(urls, str(model), key_variable=key_variable, deadline=deadline)
     try:
         tokenizer = load_tokenizer(checkpoint(model))
     except InputError:

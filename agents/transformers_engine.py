@@ -79,7 +79,12 @@ class TransformersEngine(Engine):
         `dtype` is by default float32 on a CPU, where half precision is slow, and the saved one elsewhere.
         """
         path = checkpoint(path)
-        target = torch.device(device)
+        try:
+            # Nothing lies there yet: what is wrong with the device is told before gigabytes of weights are read.
+            target = torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise InputError(f"device must be 'cpu', or 'cuda' where torch has one; {device!r}: {reason}") from error
         try:
             tokenizer = load_tokenizer(path)
             ChatTemplate(tokenizer)  # what is wrong with it is told before gigabytes of weights are read
@@ -117,7 +122,7 @@ class TransformersEngine(Engine):
         temperature: float = 1.0,
         top_p: float = 1.0,
     ) -> Reply:
-        """Has the batch continue `prompt`."""
+        """Continues `prompt`, in one batch with whatever else is asked for. Raises ValueError as every engine does."""
         budget = self._budget(prompt, max_tokens)
         row = Row(
             prompt=np.array(prompt, dtype=np.int32),

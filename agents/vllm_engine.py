@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
@@ -10,6 +11,10 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
+
+# Before vLLM is imported: else it says on stdout whatever it does.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
 from vllm import SamplingParams  # type: ignore[import-not-found]
 from vllm.engine.arg_utils import AsyncEngineArgs  # type: ignore[import-not-found]
 from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
@@ -17,7 +22,7 @@ from vllm.v1.engine.async_llm import AsyncLLM  # type: ignore[import-not-found]
 from vllm.v1.engine.exceptions import EngineDeadError  # type: ignore[import-not-found]
 
 from turnwise.agents.chat import ChatTemplate
-from turnwise.agents.engine import Engine, PartialReply
+from turnwise.agents.engine import Engine, PartialReply, check_sampling
 from turnwise.agents.transformers_engine import checkpoint, load_tokenizer
 from turnwise.agents.vllm_process import LoopThread, save_weights, start_vllm, vllm_settings, weights_folder
 from turnwise.environments.errors import InputError
@@ -103,7 +108,8 @@ class VLLMEngine(Engine):
             reason = " ".join(str(error).split())
             raise InputError(
                 f"cannot serve {path} with vLLM ({reason}): give the folder that save_pretrained wrote for a model and "
-                "its tokenizer, or a hub id, and memory for its context; vLLM's own messages, if any, say more"
+                "its tokenizer, or a hub id, and as many cache_gigabytes as its context needs; vLLM's own messages, if "
+                "any, say more"
             ) from error
         return cls(llm, tokenizer, thread, name=str(path), version=version)
 
@@ -152,10 +158,8 @@ class VLLMEngine(Engine):
         return await self._thread.wait(self._sample(tuple(prompt), said, parameters))
 
     def check_sampling(self, temperature: float, top_p: float) -> None:
-        """As for every engine; and vLLM takes temperatures up to 0.01 for other ones, and refuses those above 2."""
-        super().check_sampling(temperature, top_p)
-        if not (temperature == 0 or 0.01 <= temperature <= 2):
-            raise InputError(f"for vLLM, temperature must be 0 or within [0.01, 2]; got temperature={temperature}")
+        """Raises `InputError` for what vLLM would not sample at."""
+        check_sampling(temperature, top_p, by_vllm=True)
 
     async def update(self, weights: Weights, *, version: int | None = None) -> None:
         """Replaces the weights in place, once all running replies have ended; those that come meanwhile wait.

@@ -1,6 +1,7 @@
 """vLLM's process: how it is started, asked from a thread, and given other weights."""
 
 import asyncio
+import math
 import os
 import runpy
 import signal
@@ -25,7 +26,11 @@ from turnwise.environments.errors import InputError
 
 ON_CPU = bool(current_platform.is_cpu())
 # vLLM can be told of these in no other way. Without them: a process more for each engine, and a minute of compiling.
-CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"}
+CPU_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCH_COMPILE_DISABLE": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
 if ON_CPU:
     # In vLLM's process, which imports this for `WeightLoader` before it loads the model. Else it would repack linear
     # layers, and could then not give them other weights.
@@ -41,9 +46,9 @@ def vllm_settings(
 
     Raises `InputError` for settings that cannot be meant.
     """
-    if max_running < 1 or cache_gigabytes <= 0:
+    if max_running < 1 or not 0 < cache_gigabytes < math.inf:
         raise InputError(
-            "max_running must be at least 1 and cache_gigabytes above 0; got "
+            "max_running must be at least 1 and cache_gigabytes above 0, and a number; got "
             f"max_running={max_running}, cache_gigabytes={cache_gigabytes}"
         )
     settings: dict[str, str | int | float] = {
@@ -137,11 +142,13 @@ def serve(
         path, cache_gigabytes=cache_gigabytes, context=context, dtype=dtype, max_running=max_running
     )
     ChatTemplate(load_tokenizer(path))
-    settings |= {"served_model_name": model, "host": host, "port": port, "disable_uvicorn_access_log": True}
+    settings |= {"host": host, "port": port, "disable_uvicorn_access_log": True}
     sys.argv = ["vllm"]
+    names = dict.fromkeys([model, str(path.resolve() if isinstance(path, Path) else path)])
     for name, value in settings.items():
         option = ("--no-" if value is False else "--") + name.replace("_", "-")
         sys.argv += [option] if isinstance(value, bool) else [option, str(value)]
+    sys.argv += ["--served-model-name", *names]
     with _environment(CPU_ENVIRONMENT if ON_CPU else {}):
         runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
 

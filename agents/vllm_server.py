@@ -14,9 +14,11 @@ import sys
 import tempfile
 import time
 from contextlib import closing, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from turnwise.agents.team import NO_VLLM
 from turnwise.environments.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ class VLLMServer:
         port: int = 0,
         cache_gigabytes: float = 1.0,
         context: int | None = None,
-        dtype: "torch.dtype | None" = None,
+        dtype: "torch.dtype | str | None" = None,
         max_running: int = 64,
     ) -> "VLLMServer":
         """Serves a checkpoint folder or a model of the Hugging Face hub, and returns once it does.
@@ -63,6 +65,8 @@ class VLLMServer:
         By default it is reached from this machine alone, at a port that is free. The other settings are those of
         `VLLMEngine.load`. Raises `InputError` where the model cannot be served, with what vLLM said last.
         """
+        if find_spec("vllm") is None:
+            raise InputError(NO_VLLM)
         settings: dict[str, str | int | float | None] = {
             "cache_gigabytes": cache_gigabytes,
             "context": context,
@@ -147,18 +151,23 @@ class VLLMServer:
         return InputError(
             refused
             or f"cannot serve {self.model} with vLLM ({words[:500]}): give the folder that save_pretrained wrote for a "
-            "model and its tokenizer, or a hub id, and memory for its context"
+            "model and its tokenizer, or a hub id, and as many cache_gigabytes as its context needs"
         )
 
 
 def _free_port(host: str, port: int) -> int:
     """The port, or for 0 one that is free. Raises `InputError` for one that is taken: its health would be another's."""
+    if not 0 <= port < 2**16:
+        raise InputError(f"a port must be within [0, 65535]; got {port}")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM does
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise InputError(f"a server needs a free port; {host}:{port} is not ({error}): choose another") from error
+            raise InputError(
+                f"a server needs an IPv4 address of this machine and a free port; {host}:{port} is not ({error}): "
+                "choose another"
+            ) from error
         return int(probe.getsockname()[1])
 
 
@@ -168,6 +177,7 @@ def main(
     port: int = 8000,
     cache_gigabytes: float = 1.0,
     context: int | None = None,
+    dtype: str | None = None,
     max_running: int = 64,
 ) -> None:
     """Serves MODEL, a checkpoint folder or a hub id, until Ctrl-C. A key is read from VLLM_API_KEY."""
@@ -175,7 +185,13 @@ def main(
     with (
         suppress(KeyboardInterrupt),
         VLLMServer.start(
-            model, host=host, port=port, cache_gigabytes=cache_gigabytes, context=context, max_running=max_running
+            model,
+            host=host,
+            port=port,
+            cache_gigabytes=cache_gigabytes,
+            context=context,
+            dtype=dtype,
+            max_running=max_running,
         ) as server,
     ):
         print(f"serving {model} until Ctrl-C; examples take it with --engine server --url {server.url}", flush=True)

@@ -2,7 +2,8 @@
 
     python examples/longshort_math.py                                   # the tiny models that turnwise ships
     python examples/longshort_math.py --problems math-500 --number 100 \\
-        --long deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --short Qwen/Qwen2.5-7B-Instruct --engine vllm
+        --long deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --short Qwen/Qwen2.5-7B-Instruct \\
+        --engine vllm --cache-gigabytes 20
     python examples/longshort_math.py --engine server \\
         --url long=http://127.0.0.1:8000/v1 --url short=http://127.0.0.1:8001/v1
 
@@ -32,8 +33,10 @@ def main(
     short: Annotated[str, typer.Option(help="The short-thought model: a folder or a hub id.")] = str(SHORT),
     engine: Annotated[EngineName, typer.Option(help="What samples: transformers, vllm, or server.")] = "transformers",
     url: Annotated[list[str] | None, typer.Option(help="The server's base URL, or SEAT=URL for each seat.")] = None,
+    key_variable: Annotated[str, typer.Option(help="The environment variable with the server's key.")] = "",
     device: Annotated[str, typer.Option(help="Of transformers; vLLM takes the GPU where there is one.")] = "cpu",
     cache_gigabytes: Annotated[float, typer.Option(help="What each vLLM engine takes beside its weights.")] = 1.0,
+    context: Annotated[int | None, typer.Option(help="Of vLLM; by default the model's own.")] = None,
     temperature: float = 0.6,
     max_tokens: Annotated[int, typer.Option(help="Budget of each turn; alone, the long model has four.")] = 512,
     shown: Annotated[int, typer.Option(help="How many conversations to print.")] = 3,
@@ -43,8 +46,9 @@ def main(
     """Long⊗Short on mathematics."""
     models = {"long": long, "short": short}
     served = open_team(
-        models, engine=engine, temperature=temperature, device=device, urls=url or (), cache_gigabytes=cache_gigabytes
-    )
+        models, engine=engine, temperature=temperature, device=device, urls=url or (), key_variable=key_variable,
+        cache_gigabytes=cache_gigabytes, context=context,
+    )  # fmt: skip
     with MathGrader() as grader, served as team:
         environment = open_environment(problems, grader, number=number, seed=seed)
         protocols = {

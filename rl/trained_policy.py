@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -56,6 +57,13 @@ class TrainedPolicy(ABC):
         """Takes up a state."""
 
 
+class Backend(Protocol):
+    """What opens a policy where it is to be trained: a class of trained policies, or a function."""
+
+    def __call__(self, policy: Policy, *, updates: int, temperature: float) -> TrainedPolicy:
+        """A policy that will learn from so many rollouts, sampled at such a temperature."""
+
+
 class EmbeddedPolicy(TrainedPolicy):
     """Trained in this process, by a `Learner`, on the model that the engine samples from."""
 
@@ -73,7 +81,7 @@ class EmbeddedPolicy(TrainedPolicy):
         )
 
     def update(self, samples: Sequence[Sample], *, control_states: Collection[str], seed: int) -> dict[str, float]:
-        """Learns."""
+        """Learns from them in this process."""
         return self._learner.update(samples, control_states=control_states, seed=seed)
 
     async def publish(self) -> None:
@@ -81,7 +89,7 @@ class EmbeddedPolicy(TrainedPolicy):
         self.engine.version = self._learner.version
 
     def save_pretrained(self, folder: Path) -> None:
-        """Writes them."""
+        """Writes a Hugging Face checkpoint."""
         try:
             self.engine.model.save_pretrained(folder)
         except SafetensorError as error:  # what safetensors makes of a full disk

@@ -4,7 +4,7 @@ import asyncio
 import random
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -30,7 +30,7 @@ from turnwise.rl.rollout import in_order, rollout
 from turnwise.rl.rounds import Round, parse_rounds
 from turnwise.rl.run_folder import Run, claim, write_whole
 from turnwise.rl.summary import Summary, accuracy_efficiency_score, summarise
-from turnwise.rl.trained_policy import EmbeddedPolicy, Policy, TrainedPolicy
+from turnwise.rl.trained_policy import Backend, EmbeddedPolicy, Policy
 
 # So many steps with but one mode raise the alarm.
 COLLAPSED_FOR = 5
@@ -105,7 +105,7 @@ class Trainer:
         folder: str | Path,
         *,
         partners: Mapping[str, Agent] | None = None,
-        backend: Callable[..., TrainedPolicy] = EmbeddedPolicy,
+        backend: Backend = EmbeddedPolicy,
     ) -> None:
         self.protocol, self.policies, self.settings, self.folder = protocol, policies, settings, Path(folder)
         self.environment, self.evaluation = environment, evaluation
@@ -212,7 +212,7 @@ class Trainer:
         team = self.team(temperature)
 
         async def gather() -> list[Episode]:
-            await asyncio.gather(*(trained.publish() for trained in self.trained.values()))
+            await self._publish()
             stream = rollout(
                 self.protocol, team, environment, samples=samples, seed=seed, store=store,
                 concurrency=len(environment.problems) * samples,
@@ -220,6 +220,9 @@ class Trainer:
             return [episode async for episode in stream]
 
         return in_order(environment, asyncio.run(gather()))
+
+    async def _publish(self) -> None:
+        await asyncio.gather(*(trained.publish() for trained in self.trained.values()))
 
     def _groups(self, episodes: Sequence[Episode]) -> list[list[Episode]]:
         """The episodes that ended in a grade, by problem."""
@@ -256,17 +259,23 @@ class Trainer:
         What policies write beside it stands in a folder of the step's own, until the next one is whole.
         """
         states = self.folder / "states"
-        state = {
-            "run": self._run(),
-            "step": self._done,
-            "policies": {name: one.state(states / f"{self._done:06}" / name) for name, one in self.trained.items()},
-            "base": self._base,
-            "best": self._best,
-            "shares": [dict(shares) for shares in self._shares],
-        }
-        write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+        mine = states / f"{self._done:06}"
+
+        def write(path: Path) -> None:
+            shutil.rmtree(mine, ignore_errors=True)  # of a run that was killed before its checkpoint was whole
+            state = {
+                "run": self._run(),
+                "step": self._done,
+                "policies": {name: trained.state(mine / name) for name, trained in self.trained.items()},
+                "base": self._base,
+                "best": self._best,
+                "shares": [dict(shares) for shares in self._shares],
+            }
+            torch.save(state, path)
+
+        write_whole(self.folder / "checkpoint.pt", write)
         for older in states.glob("*"):
-            if older.name != f"{self._done:06}":
+            if older != mine:
                 shutil.rmtree(older, ignore_errors=True)
 
     def _resume(self) -> None:
@@ -280,6 +289,11 @@ class Trainer:
                 f"{path} must be a whole checkpoint, and is damaged ({type(error).__name__}): remove it, and the run "
                 "begins anew"
             ) from error
+        if lacking := {"run", "step", "policies", "base", "best", "shares"} - state.keys():
+            raise InputError(
+                f"{path} is of another version of turnwise: it has no {', '.join(sorted(lacking))}; remove it, and the "
+                "run begins anew"
+            )
         run = self._run()
         if different := sorted(key for key in run | state["run"] if run.get(key) != state["run"].get(key)):
             raise InputError(
@@ -291,6 +305,7 @@ class Trainer:
         self._done, self._base, self._best = state["step"], state["base"], state["best"]
         self._shares.clear()
         self._shares.extend(state["shares"])
+        asyncio.run(self._publish())  # for those who ask the team before anything is played
 
     def _run(self) -> Run:
         settings = self.settings.model_dump_json(exclude={"checkpoint_every", "keep_episodes"})

@@ -175,6 +175,56 @@ class Unheeding(TransformersAgent):
         return await super().reply(turn, 0)
 
 
+class OnceDrawn(TransformersAgent):
+    """Samples the first token of a reply, and of the others the likeliest."""
+
+    async def reply(self, turn: Turn, seed: int) -> Reply:
+        first = await super().reply(turn._replace(max_tokens=1), seed)
+        if turn.max_tokens == 1 or first.finish != "length":
+            return first
+        rest = await self.engine.sample(
+            [*first.prompt_token_ids, *first.token_ids],
+            stops=turn.stops,
+            max_tokens=turn.max_tokens - 1,
+            seed=seed,
+            temperature=0,
+        )
+        return replace(
+            rest,
+            text=first.text + rest.text,
+            token_count=1 + rest.token_count,
+            token_ids=first.token_ids + rest.token_ids,
+            log_probabilities=first.log_probabilities + rest.log_probabilities,
+            prompt_token_ids=first.prompt_token_ids,
+        )
+
+
+class FewSeeds(TransformersAgent):
+    """Knows two seeds."""
+
+    async def reply(self, turn: Turn, seed: int) -> Reply:
+        return await super().reply(turn, seed % 2)
+
+
+class Unhearing(TransformersAgent):
+    """Knows no tag that is a token."""
+
+    async def reply(self, turn: Turn, seed: int) -> Reply:
+        added = self.engine.tokenizer.get_added_vocab()
+        return await super().reply(turn._replace(stops=tuple(tag for tag in turn.stops if tag not in added)), seed)
+
+
+class Deaf(TransformersAgent):
+    """Goes on to the end of a turn that was cancelled."""
+
+    async def reply(self, turn: Turn, seed: int) -> Reply:
+        task = asyncio.ensure_future(super().reply(turn, seed))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            return await task
+
+
 class Late(TransformersAgent):
     """Says a token more, after the tag."""
 
@@ -260,10 +310,14 @@ BROKEN: list[tuple[type[TransformersAgent], Check, str]] = [
     (Warm, contract.greedy_replies_are_the_likeliest_tokens, "greedy tokens are less likely than others, by up to"),
     (Greedy, contract.greedy_replies_are_the_likeliest_tokens, "41 tokens were sampled, of 40 at most"),
     (Raw, contract.log_probabilities_are_those_of_what_was_sampled_from, r"at temperature 0\.7 and top_p 1\.0 are up"),
-    (Cold, contract.samples_follow_the_distribution, "has probability .*, and was .* of 1000 samples"),
+    (Cold, contract.samples_follow_the_distribution, "has probability .*, and was .* of .* samples at 0"),
     (Counting, contract.seeds_decide, "another order gave other replies"),
-    (Unheeding, contract.seeds_decide, "other seeds gave the same replies"),
-    (Late, contract.closing_tags_end_replies, "of 60 at most|ended as|names the tag|the tag"),
+    (Unheeding, contract.seeds_decide, "128 seeds gave 16 different replies"),
+    (FewSeeds, contract.seeds_decide, "128 seeds gave .* different replies"),
+    (OnceDrawn, contract.samples_follow_the_distribution, "has probability .*, and was .* samples at [1-9]"),
+    (Late, contract.closing_tags_end_replies, "a reply that .* should end as .* with .* ended as"),
+    (Unhearing, contract.closing_tags_end_replies, "a reply that .* should end as .*</think>.* ended as .* with None"),
+    (Deaf, contract.a_cancelled_turn_leaves_the_others_alone, "a cancelled turn came to Reply"),
     (Greedy, contract.budget_and_context_end_replies, "3 tokens were sampled, of 2 at most"),
     (Cutting, contract.a_prompt_that_does_not_fit_fails_its_turn, "a prompt that does not fit came to Reply"),
     (Strict, contract.a_prompt_that_does_not_fit_fails_its_turn, "a prompt that does not fit came to InputError"),
@@ -305,12 +359,12 @@ def test_it_is_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(typer.Exit) as kept:
         contract.main(str(LONG))
-    assert (kept.value.exit_code, capsys.readouterr().out.count("│ kept")) == (0, len(CHECKS))
+    assert (kept.value.exit_code, capsys.readouterr().out.count(" s  kept\n")) == (0, len(CHECKS))
     monkeypatch.setattr(contract, "CHECKS", (contract.a_choice_of_mode_is_one_token, nobody_speaks))
     with pytest.raises(typer.Exit) as broken:
         contract.main(str(LONG))
     printed = capsys.readouterr().out
-    assert (broken.value.exit_code, printed.count("│ kept")) == (1, 1)
+    assert (broken.value.exit_code, printed.count(" s  kept\n")) == (1, 1)
     assert "RuntimeError: [b]it[/b] is broken" in printed
     with pytest.raises(InputError, match="there is no folder"):
         contract.main("/nowhere")

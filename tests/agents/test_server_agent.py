@@ -3,7 +3,9 @@ import contextlib
 import email.utils
 import json
 import logging
+import math
 import random
+import re
 import socket
 import threading
 import time
@@ -862,7 +864,7 @@ def test_bad_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for setting in settings:
         with pytest.raises(InputError, match="concurrency must be at least 1, and timeout, deadline, backoff and rest"):
             Server("http://host/v1", "tiny", **setting)
-    for temperature, top_p in ((-1.0, 1.0), (1.0, 0.0), (1.0, 1.5)):
+    for temperature, top_p in ((-1.0, 1.0), (math.nan, 1.0), (math.inf, 1.0), (1.0, 0.0), (1.0, 1.5), (1.0, math.nan)):
         with pytest.raises(InputError, match="temperature must be at least 0 and top_p within"):
             ChatServerAgent(Server("http://host/v1", "tiny"), temperature=temperature, top_p=top_p)
     monkeypatch.delenv("TURNWISE_KEY", raising=False)
@@ -876,6 +878,21 @@ def test_bad_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="TURNWISE_KEY is not that") as failure:
         Server("http://host/v1", "tiny", key_variable="TURNWISE_KEY")
     assert KEY not in str(failure.value)
+
+
+def test_temperatures_that_vllm_takes_for_others_are_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    for temperature in (0.005, 3.0):
+        with pytest.raises(InputError, match=r"for vLLM, temperature must be 0 or within \[0\.01, 2\]; got"):
+            TokenServerAgent(Server("http://host/v1", "tiny"), tokenizer, temperature=temperature)
+
+
+def test_a_url_that_fails_is_told_of_once(
+    started: Callable[..., FakeServer], tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = started(after([error(500, "not yet")] * 3, tokenizer))
+    ask(TokenServerAgent(connected(fake), tokenizer))
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert re.fullmatch(rf"{fake.url}: .*not yet.*; each turn is asked for again for up to \d+ s", said)
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 500])

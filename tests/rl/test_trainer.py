@@ -47,7 +47,7 @@ from turnwise.rl.learner import LearnerSettings
 from turnwise.rl.loss import LossSettings
 from turnwise.rl.metrics import read_metrics
 from turnwise.rl.rounds import Round
-from turnwise.rl.trained_policy import Policy
+from turnwise.rl.trained_policy import EmbeddedPolicy, Policy
 from turnwise.rl.trainer import Report, Trainer, TrainingSettings, problems_of_step
 
 STEPS = 20
@@ -392,7 +392,38 @@ def test_a_run_that_is_left_goes_on_in_the_same_process_and_in_another(tmp_path:
     assert torn.removesuffix(b'{"id":"torn') == expected.pop("episodes/000006/episodes.jsonl")
     assert found == expected
     assert scalars(folder) == scalars(whole.folder)
-    assert list(build(folder).train()) == [], "it is done"
+    done = build(folder)
+    assert list(done.train()) == [], "it is done"
+    versions = {name: trained.engine.version for name, trained in other.trained.items()}
+    assert {name: trained.engine.version for name, trained in done.trained.items()} == versions
+
+
+class Filed(EmbeddedPolicy):
+    """Keeps its state in a file of its own, as a backend does whose state is too large for one process."""
+
+    def state(self, folder: Path) -> Mapping[str, object]:
+        folder.mkdir(parents=True)
+        torch.save(super().state(folder), folder / "state.pt")
+        return {"file": "state.pt"}
+
+    def load(self, state: Mapping[str, object], folder: Path) -> None:
+        super().load(torch.load(folder / str(state["file"]), weights_only=True), folder)
+
+
+def test_a_backend_that_writes_its_own_state_goes_on_from_it(tmp_path: Path, whole: Whole) -> None:
+    folder = tmp_path / "run"
+
+    def filed() -> Trainer:
+        return Trainer(PROTOCOL, POLICIES, TRAIN, TEST, SETTINGS, folder, backend=Filed)
+
+    leave_after(filed(), 7)
+    assert [path.name for path in (folder / "states").iterdir()] == ["000006"]
+    assert {path.name for path in (folder / "states" / "000006").iterdir()} == set(POLICIES)
+    (folder / "states" / "000008" / "long").mkdir(parents=True)  # as a kill may leave it
+    again = filed()
+    assert [report.step for report in again.train()] == list(range(7, STEPS + 1))
+    assert fingerprints(again) == whole.weights[-1]
+    assert [path.name for path in (folder / "states").iterdir()] == [f"{STEPS:06}"]
 
 
 def leave_after(trainer: Trainer, step: int) -> int:
@@ -748,6 +779,11 @@ def test_a_damaged_checkpoint(tmp_path: Path, whole: Whole) -> None:
             rf"{path} must be a whole checkpoint, and is damaged \(\w+\): remove it, and the run begins anew",
             str(error.value),
         )
+    older = torch.load(whole.folder / "checkpoint.pt", weights_only=True)
+    older["learners"] = older.pop("policies")
+    torch.save(older, path)
+    with pytest.raises(InputError, match=f"{path} is of another version of turnwise: it has no policies; remove it"):
+        next(trainer.train())
     path.unlink()
     reports = trainer.train()
     assert next(reports).figures == whole.reports[0].figures

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from turnwise.agents.agent import Agent
+from turnwise.agents.contract import QUESTION
 from turnwise.agents.tiny import LONG, NOVICE, ROUTER, SHORT
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
 from turnwise.agents.transformers_engine import load_tokenizer
@@ -34,7 +35,6 @@ from turnwise.agents.vllm_agent import VLLMAgent, VLLMEngine
 # What vLLM imports of torch says this.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
-QUESTION = "Carla has a counter with one digit, which shows 6. Carla adds {}. Which digit does it show, modulo 10?"
 
 
 def turn(index: int, max_tokens: int = 40, stops: tuple[str, ...] = ("</think>",), *, prefill: str = "<think>") -> Turn:

@@ -161,6 +161,28 @@ def test_two_servers_play_greedily_what_transformers_plays(started: Started) -> 
         assert_alike(said(episode), said(other))
 
 
+def test_the_example_plays_the_same_with_every_engine(started: Started, tmp_path: Path) -> None:
+    """As a user runs it: in processes of their own, with what vLLM says kept from what the example prints."""
+    example = Path(__file__).parents[2] / "examples" / "longshort_math.py"
+    urls = [f"--url={seat}={url}" for seat, url in started.urls.items()]
+    more = {
+        "transformers": [],
+        "vllm": ["--cache-gigabytes", "0.2", "--context", "1024"],
+        "server": [*urls, "--key-variable", "TURNWISE_KEY"],
+    }
+    runs = {
+        engine: subprocess.run(
+            [sys.executable, example, "--engine", engine, "--temperature", "0", "--number", "6", "--shown", "1",
+             "--output", tmp_path / engine, *flags],
+            capture_output=True, text=True, timeout=300, check=False,
+        )
+        for engine, flags in more.items()
+    }  # fmt: skip
+    assert [run.returncode for run in runs.values()] == [0, 0, 0], [run.stderr for run in runs.values()]
+    assert runs["transformers"].stdout == runs["vllm"].stdout == runs["server"].stdout
+    assert "long⊗short" in runs["vllm"].stdout
+
+
 class Proxy:
     """Passes requests on to a server, or has them fail, as `fault` says of each and of how often it came before."""
 
