@@ -48,7 +48,7 @@ def vllm_settings(
     """
     if max_running < 1 or not 0 < cache_gigabytes < math.inf:
         raise InputError(
-            "max_running must be at least 1 and cache_gigabytes above 0, and a number; got "
+            "max_running must be at least 1 and cache_gigabytes a number above 0; got "
             f"max_running={max_running}, cache_gigabytes={cache_gigabytes}"
         )
     settings: dict[str, str | int | float] = {

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import multiprocessing
 import shutil
 import threading
@@ -34,7 +35,6 @@ from turnwise.agents.vllm_agent import VLLMAgent, VLLMEngine
 
 # What vLLM imports of torch says this.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 
 
 def turn(index: int, max_tokens: int = 40, stops: tuple[str, ...] = ("</think>",), *, prefill: str = "<think>") -> Turn:
@@ -370,8 +370,10 @@ def test_what_cannot_be_served_is_named(long: VLLMEngine, tmp_path: Path) -> Non
     for temperature, top_p in ((-1.0, 1.0), (1.0, 0.0), (1.0, 1.5)):
         with pytest.raises(InputError, match=r"temperature must be at least 0 and top_p within \(0, 1\]; got"):
             VLLMAgent(long, temperature=temperature, top_p=top_p)
-    for settings in ({"max_running": 0}, {"cache_gigabytes": 0.0}):
-        with pytest.raises(InputError, match=r"max_running must be at least 1 and cache_gigabytes above 0; got"):
+    for settings in ({"max_running": 0}, {"cache_gigabytes": 0.0}, {"cache_gigabytes": math.inf}):
+        with pytest.raises(
+            InputError, match=r"max_running must be at least 1 and cache_gigabytes a number above 0; got"
+        ):
             VLLMEngine.load(LONG, **settings)
     with pytest.raises(InputError, match="there is no folder"):
         VLLMEngine.load(tmp_path / "missing")
@@ -386,7 +388,7 @@ def test_what_cannot_be_served_is_named(long: VLLMEngine, tmp_path: Path) -> Non
         VLLMEngine.load(tmp_path)
     assert "\n" not in str(failure.value)
     threads = threading.active_count()
-    with pytest.raises(InputError, match="memory for its context"):
+    with pytest.raises(InputError, match="as many cache_gigabytes as its context needs"):
         VLLMEngine.load(LONG, cache_gigabytes=0.001)
     assert threading.active_count() == threads
     gc.collect()  # what vLLM leaves open when it cannot start, while its warning is ignored

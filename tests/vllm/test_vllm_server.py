@@ -398,7 +398,7 @@ def test_what_cannot_be_served_is_named(started: Started, capsys: pytest.Capture
         ("no tokenizer", rf"cannot serve .* with vLLM \(ValueError: it holds no tokenizer\.json; .*\): {folder}"),
         (
             "no batch",
-            r"max_running must be at least 1 and cache_gigabytes above 0; got max_running=0, cache_giga.*=1\.0$",
+            r"max_running must be at least 1 and cache_gigabytes a number above 0; got max_running=0, cache.*=1\.0$",
         ),
     ):
         with pytest.raises(InputError) as failure:
@@ -407,10 +407,14 @@ def test_what_cannot_be_served_is_named(started: Started, capsys: pytest.Capture
         assert "\n" not in str(failure.value)
         assert len(str(failure.value)) < 900
     taken = urlsplit(started.urls["short"]).port
-    with pytest.raises(InputError, match=rf"a server needs a free port; 127\.0\.0\.1:{taken} is not \(.*\): choose"):
+    with pytest.raises(InputError, match=rf"and a free port; 127\.0\.0\.1:{taken} is not \(.*\): choose"):
         VLLMServer.start(LONG, port=taken or 0)
+    with pytest.raises(InputError, match=r"a port must be within \[0, 65535\]; got 99999"):
+        VLLMServer.start(LONG, port=99999)
+    with pytest.raises(InputError, match=r"an IPv4 address of this machine and a free port; nowhere\.invalid:0 is not"):
+        VLLMServer.start(LONG, host="nowhere.invalid")
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(InputError, match="a server needs a free port"):
+    with pytest.raises(InputError, match="a server needs an IPv4 address of this machine and a free port"):
         main(str(LONG), port=taken or 0)
     signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().out == ""

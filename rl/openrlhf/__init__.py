@@ -1,0 +1,1 @@
+"""Policies that learn on OpenRLHF: its Ray actors, its trainer, DeepSpeed."""
