@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import multiprocessing
 import os
 import runpy
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,7 +34,7 @@ CPU_ENVIRONMENT = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 if ON_CPU:
-    # In vLLM's process, which imports this for `WeightLoader` before it loads the model. Else it would repack linear
+    # In vLLM's process, which imports this for `WorkerExtension` before it loads the model. Else it would repack linear
     # layers, and could then not give them other weights.
     vllm._custom_ops._supports_onednn = False
 
@@ -60,7 +62,7 @@ def vllm_settings(
         "enforce_eager": ON_CPU,
         "use_tqdm_on_load": False,
         "logprobs_mode": "processed_logprobs",
-        "worker_extension_cls": f"{WeightLoader.__module__}.{WeightLoader.__qualname__}",
+        "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
     }
     if context is not None:
         settings["max_model_len"] = context
@@ -111,7 +113,9 @@ def start_vllm(arguments: AsyncEngineArgs) -> tuple[AsyncLLM, LoopThread]:
     """Starts vLLM's process, and the thread whose event loop talks with it."""
 
     async def start() -> AsyncLLM:
-        return AsyncLLM.from_engine_args(arguments)
+        llm = AsyncLLM.from_engine_args(arguments)
+        await llm.collective_rpc("end_with_parent")
+        return llm
 
     thread = LoopThread(f"vLLM {arguments.model}")
     try:
@@ -159,8 +163,14 @@ def _end_with_input() -> None:
     os.killpg(0, signal.SIGKILL)  # itself and vLLM's other processes
 
 
-class WeightLoader:
+class WorkerExtension:
     """What vLLM's workers can do beyond their own methods: this class is mixed into theirs."""
+
+    def end_with_parent(self) -> None:
+        """Has this process end when the one that started it does, be it killed; by itself it would keep its memory."""
+        parent = multiprocessing.parent_process()
+        assert parent is not None, "vLLM has a process of its own"
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
 
     def load_safetensors(self, folder: str) -> list[str]:
         """Loads all files of a folder into the model; the names of the parameters that none of them set."""
@@ -170,8 +180,13 @@ class WeightLoader:
         return [] if loaded is None else sorted({name for name, _ in model.named_parameters()} - loaded)
 
 
+def _end_after(process: BaseProcess) -> None:
+    process.join()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def save_weights(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Writes a state dict where `WeightLoader` finds it."""
+    """Writes a state dict where `WorkerExtension` finds it."""
     # Copies, since the file format refuses tensors that share memory, as tied ones do.
     tensors = {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in weights.items()}
     save_file(tensors, folder / "model.safetensors")

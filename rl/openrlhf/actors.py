@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from ray.actor import ActorHandle
 
 from turnwise.rl.loss import LossSettings
 from turnwise.rl.openrlhf.names import (
@@ -134,6 +135,15 @@ class PolicyRank(class_of(PolicyModelActor)):  # type: ignore[misc]
         learning_rate = self.actor_scheduler.get_last_lr()[0]
         self.actor_scheduler.step()
         return {"gradient_norm": 0.0, "learning_rate": learning_rate}
+
+    def connect(self, engines: list[ActorHandle]) -> None:
+        """Makes the group in which the first rank sends weights to vLLM; all ranks must be asked."""
+        if not torch.cuda.is_available():
+            import turnwise.rl.openrlhf.vllm_without_cuda  # noqa: F401
+        self.trainer.vllm_engines = engines
+        self.strategy.args.vllm.num_engines = len(engines)
+        if self.strategy.is_rank_0():
+            self.trainer._init_vllm_sync_group(self.strategy.args.vllm.sync_backend)
 
     def weights(self) -> dict[str, torch.Tensor] | None:
         """Those of all ranks, on the first; all ranks must be asked."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.actor import ActorHandle
 from ray.util.placement_group import placement_group, remove_placement_group
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -113,6 +114,17 @@ class OpenRLHFLearner:
         figures = [self._learn(step, (seed + number) % 2**63) for number, step in enumerate(steps)]
         self.version += 1
         return {name: fmean(step[name] for step in figures if name in step) for step in figures for name in step}
+
+    def connect(self, actors: Sequence[ActorHandle]) -> None:
+        """Lets the actors of an engine receive what `broadcast` sends; once, and again where one was started anew.
+
+        They must serve the weights in the precision in which they are trained.
+        """
+        self._all(self._policy, "connect", list(actors))
+
+    def broadcast(self) -> None:
+        """Sends the weights to all actors that it was connected with, and returns once they are there."""
+        self._all(self._policy, "broadcast_to_vllm")
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's state dict, on the CPU, in the precision that it is trained in."""

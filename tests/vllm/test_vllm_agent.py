@@ -5,6 +5,8 @@ import gc
 import math
 import multiprocessing
 import shutil
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,6 +31,7 @@ from turnwise.rl.rollout import play
 
 pytest.importorskip("vllm", reason="needs vLLM: make vllm")
 
+import psutil
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from turnwise.agents.vllm_agent import VLLMAgent, VLLMEngine
@@ -360,6 +363,30 @@ def test_death_of_the_process_fails_each_request_by_name() -> None:
         assert [type(error).__name__ for error in asyncio.run(run(engine))] == ["EngineDeadError"] * 4
         with pytest.raises(EngineDeadError):
             asyncio.run(engine.sample([30], stops=(), max_tokens=1, seed=0))
+
+
+PROGRAM = """
+import sys, time
+from turnwise.agents.vllm_agent import VLLMEngine
+if __name__ == "__main__":
+    engine = VLLMEngine.load(sys.argv[1], cache_gigabytes=0.064)
+    print("it serves", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_vllm_ends_with_the_program_that_started_it(tmp_path: Path) -> None:
+    """Killed, a program can close nothing; the memory that vLLM holds is to be free all the same."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    with subprocess.Popen([sys.executable, program, LONG], stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "it serves\n"
+        processes = psutil.Process(started.pid).children(recursive=True)
+        started.kill()
+    assert processes
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not alive
 
 
 @pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning")
