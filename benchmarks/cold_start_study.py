@@ -22,13 +22,13 @@ from study import RESULTS, command, results, run_all, spread, write_json
 from turnwise.agents.tiny import NOVICE
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
 from turnwise.analysis.thoughts import chain_picture, scores_by_position, success_by_thoughts
-from turnwise.cli import stages_shown
 from turnwise.environments.math_grader import MathGrader
 from turnwise.environments.problem import Problem
 from turnwise.rl.cold_start.pipeline import ColdStart
 from turnwise.rl.cold_start.rollouts import Continuation, RolloutSettings
 from turnwise.rl.cold_start.thoughts import WeighedChain
 from turnwise.rl.episode_store import read_episodes
+from turnwise.show import stages_shown
 
 SEEDS = (0, 1, 2)
 SCORES = {"metric": "SFT with M", "chance": "SFT with random scores"}

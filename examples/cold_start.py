@@ -22,7 +22,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from rich.console import Console
 
-from turnwise import cli
+from turnwise import show
 from turnwise.agents.scripted import ScriptedAgent
 from turnwise.agents.tiny import LONG, NOVICE
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
@@ -83,10 +83,10 @@ def main(config: Config) -> None:
     with MathGrader() as grader:
         asked = arithmetic(grader, count=config.problems, split="train", seed=seed)
         if config.chains:
-            problems = cli.read_problems(config.chains, number=config.problems, solution="response")
+            problems = show.read_problems(config.chains, number=config.problems, solution="response")
         else:
             team, models = {"long": config.agent(config.teacher, 0.6)}, {"teacher": config.teacher}
-            said = cli.play_shown("chains", alone, team, asked, console, output=output, settings=models)
+            said = show.play_shown("chains", alone, team, asked, console, output=output, settings=models)
             problems = tuple(replace(e.transcript.problem, solution=e.transcript.text) for e in said)
 
         models = {"chunker": config.chunker or "", "base": config.base, "completer": config.completer or ""}
@@ -96,7 +96,7 @@ def main(config: Config) -> None:
             instruction=config.instruction, opening=config.opening, closing=config.closing,
             max_tokens=config.rollout_tokens,
         )  # fmt: skip
-        with cli.stages_shown(console) as on_progress:
+        with show.stages_shown(console) as on_progress:
             stages = ColdStart(output, grader, models=models, seed=seed, on_progress=on_progress)
             chains = stages.chunk(problems, chunker=chunker, count_tokens=lambda text: len(template.tokens(text)))
             score = by_metric if config.scores == "metric" else by_chance(seed)
@@ -108,17 +108,19 @@ def main(config: Config) -> None:
             raise InputError(f"no chain is left to learn from; {output / 'dropped.jsonl'} says why")
         if config.rollouts.stop_early:
             console.print(savings(weighed, config.rollouts.samples))
-        cli.show_thoughts({config.rollouts.samples: weighed}, console, folder=output / "figures")
+        show.show_thoughts({config.rollouts.samples: weighed}, console, folder=output / "figures")
 
         rows = [row for problem, dialogue in dialogues for row in long_short_rows(problem, dialogue, template)]
         trained = {}
         for seat in ("long", "short"):
             data, folder = output / f"D_{seat}.parquet", output / seat
             write_set(data, (row for row in rows if row["seat"] == seat))
-            model = cli.fine_tune_shown(config.base, data, config.sft, folder, console, seed=seed, device=config.device)
+            model = show.fine_tune_shown(
+                config.base, data, config.sft, folder, console, seed=seed, device=config.device
+            )
             trained[seat] = config.agent(str(model), 0.6)
 
-        test = cli.open_environment(config.test, grader, number=config.test_problems, seed=0)
+        test = show.open_environment(config.test, grader, number=config.test_problems, seed=0)
         together = LongShort(long_tokens=config.max_tokens, short_tokens=config.max_tokens)
         untrained = dict.fromkeys(("long", "short"), config.agent(config.base, 0.6))
         played = {
@@ -127,10 +129,10 @@ def main(config: Config) -> None:
             "base, thinking alone": (alone, untrained),
         }
         runs = {
-            title: cli.play_shown(title, played_by, team, test, console, output=output, settings={"base": config.base})
+            title: show.play_shown(title, played_by, team, test, console, output=output, settings={"base": config.base})
             for title, (played_by, team) in played.items()
         }
-    cli.show_results(runs, test, console, baseline="base, thinking alone", results=output / "results.json")
+    show.show_results(runs, test, console, baseline="base, thinking alone", results=output / "results.json")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ import typer
 
 from turnwise.agents.team import EngineName, open_team
 from turnwise.agents.tiny import LONG, SHORT
-from turnwise.cli import open_environment, play_side_by_side
 from turnwise.command import run
 from turnwise.environments.math_grader import MathGrader
 from turnwise.protocols.long_short import LongShort
 from turnwise.protocols.solo import Solo
+from turnwise.show import open_environment, play_side_by_side
 
 
 def main(

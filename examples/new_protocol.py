@@ -12,7 +12,6 @@ import re
 from turnwise.agents.scripted import ScriptedAgent
 from turnwise.agents.tiny import LONG, SHORT
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
-from turnwise.cli import open_environment, play_side_by_side
 from turnwise.command import run
 from turnwise.environments.math_grader import MathGrader
 from turnwise.environments.transcript import Turn
@@ -20,6 +19,7 @@ from turnwise.protocols.graph import END, GraphProtocol, State, TurnGraph
 from turnwise.protocols.lengths import KimiLength
 from turnwise.protocols.rewards import Correctness, RewardSum
 from turnwise.protocols.solo import Solo
+from turnwise.show import open_environment, play_side_by_side
 
 JURORS = ("ann", "bob", "cleo")
 

@@ -14,12 +14,12 @@ from rich.console import Console
 
 from turnwise.agents.scripted import ScriptedAgent
 from turnwise.analysis.tables import comparison, levels
-from turnwise.cli import play_shown
 from turnwise.command import run
 from turnwise.environments.arithmetic import apply, arithmetic, parse_chain
 from turnwise.environments.math_grader import MathGrader
 from turnwise.environments.transcript import Turn
 from turnwise.protocols.long_short import LongShort
+from turnwise.show import play_shown
 
 
 def main(number: int = 1000, seed: int = 0) -> None:

@@ -15,10 +15,10 @@ import typer
 
 from turnwise.agents.team import EngineName, open_team
 from turnwise.agents.tiny import ROUTER
-from turnwise.cli import open_environment, play_side_by_side
 from turnwise.command import run
 from turnwise.environments.math_grader import MathGrader
 from turnwise.protocols.thinkless import Thinkless
+from turnwise.show import open_environment, play_side_by_side
 
 
 def main(

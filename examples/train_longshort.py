@@ -20,7 +20,6 @@ from rich.console import Console
 from turnwise.agents.tiny import LONG, SHORT
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
 from turnwise.analysis.control import for_same_tokens
-from turnwise.cli import play_shown, show_pool, show_results, train_shown
 from turnwise.command import run_configured
 from turnwise.environments.arithmetic import arithmetic
 from turnwise.environments.math_grader import MathGrader
@@ -33,6 +32,7 @@ from turnwise.rl.opponent_pool import cells_played, opponent_pool
 from turnwise.rl.summary import summarise
 from turnwise.rl.trained_policy import Policy
 from turnwise.rl.trainer import Trainer, TrainingSettings
+from turnwise.show import play_shown, show_pool, show_results, train_shown
 
 LENGTHS = {"kimi": KimiLength(), "arora-zanette": AroraZanetteLength()}
 

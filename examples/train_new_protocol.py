@@ -16,7 +16,6 @@ from rich.console import Console
 from turnwise.agents.scripted import ScriptedAgent
 from turnwise.agents.tiny import LONG, SHORT
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
-from turnwise.cli import play_shown, show_results, train_shown
 from turnwise.command import run_configured
 from turnwise.environments.arithmetic import arithmetic
 from turnwise.environments.math_grader import MathGrader
@@ -24,6 +23,7 @@ from turnwise.protocols.solo import Solo
 from turnwise.rl.learner import LearnerSettings
 from turnwise.rl.trained_policy import Policy
 from turnwise.rl.trainer import Trainer, TrainingSettings
+from turnwise.show import play_shown, show_results, train_shown
 
 
 class Config(BaseModel):

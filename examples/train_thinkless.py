@@ -20,7 +20,6 @@ from rich.console import Console
 from turnwise.agents.tiny import ROUTER
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
 from turnwise.analysis.control import for_same_tokens
-from turnwise.cli import play_shown, show_results, train_shown
 from turnwise.command import run_configured
 from turnwise.environments.arithmetic import arithmetic
 from turnwise.environments.math_grader import MathGrader
@@ -30,6 +29,7 @@ from turnwise.rl.learner import LearnerSettings
 from turnwise.rl.loss import LossSettings
 from turnwise.rl.trained_policy import Policy
 from turnwise.rl.trainer import Trainer, TrainingSettings
+from turnwise.show import play_shown, show_results, train_shown
 
 
 class Config(BaseModel):

@@ -40,8 +40,8 @@ def tracked() -> list[Path]:
     [
         "turnwise",
         "turnwise.protocols.long_short, turnwise.rl.rollout, turnwise.agents.scripted, turnwise.rl.summary, "
-        "turnwise.environments.arithmetic, turnwise.environments.math_grader, turnwise.cli, turnwise.command, "
-        "turnwise.agents.team",
+        "turnwise.environments.arithmetic, turnwise.environments.math_grader, turnwise.show, turnwise.command, "
+        "turnwise.cli, turnwise.agents.team, turnwise.rl.openrlhf.settings",
     ],
 )
 def test_importing_loads_nothing_heavy(modules: str) -> None:

@@ -18,8 +18,9 @@ from turnwise.environments.errors import InputError
 from turnwise.rl.advantage import Sample
 from turnwise.rl.learner import LearnerSettings, split
 from turnwise.rl.openrlhf.actors import PolicyRank, ReferenceRank, Strategy
+from turnwise.rl.openrlhf.arguments import openrlhf_arguments, placement
 from turnwise.rl.openrlhf.names import RayActorGroup
-from turnwise.rl.openrlhf.settings import OpenRLHFSettings, openrlhf_arguments, placement
+from turnwise.rl.openrlhf.settings import OpenRLHFSettings
 from turnwise.rl.openrlhf.step import Step
 
 ABOUT = "learner.json"

@@ -1,11 +1,10 @@
 """A backend of the trainer: policies that learn on OpenRLHF, and are sampled from through its vLLM actors."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from turnwise.rl.advantage import Sample
 from turnwise.rl.openrlhf.learner import OpenRLHFLearner
@@ -54,37 +53,28 @@ class OpenRLHFPolicy(TrainedPolicy):
         self._learner.close()
 
 
-class OpenRLHFBackend(BaseModel):
-    """Opens policies on OpenRLHF, each with ranks that train it and `actors` that are sampled from.
+@dataclass(frozen=True, slots=True)
+class OpenRLHFBackend:
+    """Opens policies on OpenRLHF. Ray must be running."""
 
-    Each actor takes `gpus_per_actor` of a GPU (0: a CPU), and there the memory of the weights and `cache_gigabytes`;
-    `context` is by default the model's own, and `max_running` how many turns it samples at once.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    learner: OpenRLHFSettings = OpenRLHFSettings()
-    actors: PositiveInt = 1
-    gpus_per_actor: Annotated[float, Field(ge=0, le=1)] = 1.0
-    cache_gigabytes: PositiveFloat = 1.0
-    context: PositiveInt | None = None
-    max_running: PositiveInt = 64
+    settings: OpenRLHFSettings
 
     def __call__(self, policy: Policy, *, updates: int, temperature: float) -> OpenRLHFPolicy:
         """Starts the processes of a policy. Raises InputError as `OpenRLHFLearner` and `RolloutEngine.start` do."""
+        settings = self.settings
         learner = OpenRLHFLearner(
             policy.model, policy.learner, updates=updates, temperature=temperature, reference=policy.model,
-            openrlhf=self.learner,
+            openrlhf=settings,
         )  # fmt: skip
         try:
             engine = RolloutEngine.start(
                 policy.model,
-                actors=self.actors,
-                gpus_per_actor=self.gpus_per_actor,
-                cache_gigabytes=self.cache_gigabytes,
-                context=self.context,
-                dtype=torch.float32 if self.learner.precision == "fp32" else torch.bfloat16,
-                max_running=self.max_running,
+                actors=settings.actors,
+                gpus_per_actor=settings.gpus_per_actor,
+                cache_gigabytes=settings.cache_gigabytes,
+                context=settings.context,
+                dtype=torch.float32 if settings.precision == "fp32" else torch.bfloat16,
+                max_running=settings.max_running,
             )
         except BaseException:
             learner.close()

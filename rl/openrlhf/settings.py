@@ -1,32 +1,25 @@
-"""What OpenRLHF is told: its own command line's flags, from settings of turnwise."""
+"""Where and how policies are trained and sampled from on OpenRLHF. Nothing of OpenRLHF is imported to say so."""
 
-import argparse
-import ast
-from datetime import datetime
-from importlib.util import find_spec
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Literal
 
-from openrlhf.utils.config import hierarchize
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
-
-from turnwise.environments.errors import InputError
-from turnwise.rl.learner import LearnerSettings
-
-COMMAND = "openrlhf.cli.train_ppo_ray"
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 
 class OpenRLHFSettings(BaseModel):
-    """Where and how a policy's model is trained; what it learns is the same under all of them, within the rounding.
+    """Where and how each policy is trained and sampled from; what it learns is the same, within the rounding.
 
-    - `ranks` processes each train on a part of the sequences, on `gpus_per_rank` of a GPU each: 1, or less to share it
-      with an engine, or 0 for the CPU. A reference model takes half of that share.
+    - `ranks` processes each train on a part of the sequences, on `gpus_per_rank` of a GPU each: 1, or less to share it,
+      or 0 for the CPU. A reference model takes half of that share.
     - `zero_stage`: what DeepSpeed divides among the ranks (ZeRO, arXiv 1910.02054): the optimiser's state, 2: also the
       gradients, 3: also the weights.
     - `precision` of the weights in the forward and backward pass; the optimiser's are in single precision.
     - `attention`: the implementation, by transformers' name. "flash_attention_2" needs bf16 and a GPU.
     - `gradient_checkpointing` trades a second forward pass for memory.
+    - `actors` processes are sampled from by `engine`, each on `gpus_per_actor` of a GPU (0: a CPU): "vllm" takes the
+      memory of the weights there and `cache_gigabytes` (of 10^9 bytes) for keys and values; "transformers" is for where
+      vLLM cannot be had. Each samples up to `max_running` turns at once; `context` is by default the model's own.
+    - `colocated`: ranks and actors of a policy stand on the same GPUs and take turns: the engines sleep while the ranks
+      learn, and the optimisers' states wait in main memory while the engines sample.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,76 +30,16 @@ class OpenRLHFSettings(BaseModel):
     precision: Literal["bf16", "fp32"] = "bf16"
     attention: Literal["flash_attention_2", "sdpa", "eager"] = "sdpa"
     gradient_checkpointing: bool = False
+    engine: Literal["vllm", "transformers"] = "vllm"
+    actors: PositiveInt = 1
+    gpus_per_actor: Annotated[float, Field(ge=0, le=1)] = 1.0
+    cache_gigabytes: PositiveFloat = 1.0
+    context: PositiveInt | None = None
+    max_running: PositiveInt = 64
+    colocated: bool = False
 
     @model_validator(mode="after")
     def _flash_attention_has_what_it_needs(self) -> "OpenRLHFSettings":
         if self.attention == "flash_attention_2" and (self.precision == "fp32" or not self.gpus_per_rank):
             raise ValueError('flash_attention_2 needs precision="bf16" and a GPU: ask for attention="sdpa"')
         return self
-
-
-def command_line() -> argparse.ArgumentParser:
-    """The parser of OpenRLHF's own training command.
-
-    It stands below `if __name__ == "__main__":` in OpenRLHF 0.11.2, where it cannot be imported from: its statements,
-    up to the parsing, are run here.
-    """
-    spec = find_spec(COMMAND)
-    path = str(spec and spec.origin)
-    module = ast.parse(Path(path).read_text())
-    try:
-        block = next(node.body for node in module.body if isinstance(node, ast.If))
-        end = [ast.unparse(statement) for statement in block].index("args = parser.parse_args()")
-    except (StopIteration, ValueError) as error:
-        raise RuntimeError(f"{COMMAND} no longer builds its parser as OpenRLHF 0.11.2 does") from error
-    names: dict[str, object] = {"argparse": argparse, "datetime": datetime}
-    exec(compile(ast.Module(block[:end], []), path, "exec"), names)
-    parser = names["parser"]
-    assert isinstance(parser, argparse.ArgumentParser)
-    return parser
-
-
-def openrlhf_arguments(
-    settings: OpenRLHFSettings, learner: LearnerSettings, *, steps: int, temperature: float
-) -> SimpleNamespace:
-    """OpenRLHF's nested arguments: the defaults of its command line, but for what the settings say.
-
-    `steps` is the number of optimiser steps of the learning-rate schedule.
-    """
-    flags: dict[str, object] = {
-        "actor.num_gpus_per_node": settings.ranks,
-        "actor.adam.lr": learner.learning_rate,
-        "actor.adam.weight_decay": learner.weight_decay,
-        "actor.lr_scheduler": "constant_with_warmup" if learner.schedule == "constant" else learner.schedule,
-        # OpenRLHF rounds steps · ratio up, which must not come out one step too long by a rounding error.
-        "actor.lr_warmup_ratio": max(0.0, learner.warmup - 0.5) / steps,
-        "actor.max_norm": learner.clip,
-        "rollout.temperature": temperature,
-        # One micro-batch of each rank. How many make a step is said anew for each step.
-        "train.batch_size": settings.ranks,
-        "train.micro_batch_size": 1,
-        "ds.zero_stage": settings.zero_stage,
-        "ds.attn_implementation": settings.attention,
-        "algo.kl.init_coef": 0,
-        "vllm.num_engines": 0,
-    }
-    words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-    words += ["--actor.adam.betas", *map(str, learner.betas), "--actor.eps_clip_low_high", "0.2", "0.2"]
-    if settings.gradient_checkpointing:
-        words.append("--actor.gradient_checkpointing_enable")
-    arguments: SimpleNamespace = hierarchize(command_line().parse_args(words))
-    # Not among the choices of the flag, which are of half precision.
-    arguments.ds.param_dtype = settings.precision
-    return arguments
-
-
-def placement(settings: OpenRLHFSettings, available: dict[str, float]) -> list[dict[str, float]]:
-    """The resources of each rank, of those that Ray has in all. Raises InputError where it has too few."""
-    bundle = {"CPU": 1.0} | ({"GPU": settings.gpus_per_rank} if settings.gpus_per_rank else {})
-    for name, amount in bundle.items():
-        if settings.ranks * amount > available.get(name, 0.0):
-            raise InputError(
-                f"{settings.ranks} rank(s) need {settings.ranks * amount:g} {name}(s), and Ray has "
-                f"{available.get(name, 0.0):g}: ask for fewer ranks, or set gpus_per_rank"
-            )
-    return [bundle] * settings.ranks

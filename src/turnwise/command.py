@@ -21,7 +21,7 @@ def run(main: Callable[..., None]) -> None:
     """Runs a script's `main` with its flags. What a user must mend is one line on stderr, and exit code 2."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
-    _tell_faults(app)
+    run_app(app)
 
 
 def run_configured(main: Callable[[C], None], config: type[C]) -> None:
@@ -38,7 +38,7 @@ def run_configured(main: Callable[[C], None], config: type[C]) -> None:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one a file would drown the line of training
         main(settings)
 
-    _tell_faults(configured)
+    run_app(configured)
 
 
 def read_config(config: type[C], arguments: list[str]) -> C:
@@ -82,7 +82,7 @@ def read_config(config: type[C], arguments: list[str]) -> C:
     return config(**{name: getattr(read, name) for name in config.model_fields})
 
 
-def _tell_faults(command: Callable[[], None]) -> None:
+def run_app(command: Callable[[], None]) -> None:
     """Runs a command; what a user must mend is one line on stderr, and exit code 2."""
     try:
         command()

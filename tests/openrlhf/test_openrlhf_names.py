@@ -24,7 +24,8 @@ from openrlhf.utils.loss_utils import get_loss_batch_info
 from turnwise.rl.learner import LearnerSettings
 from turnwise.rl.openrlhf import names
 from turnwise.rl.openrlhf.actors import PolicyRank, ReferenceRank
-from turnwise.rl.openrlhf.settings import OpenRLHFSettings, command_line, openrlhf_arguments
+from turnwise.rl.openrlhf.arguments import command_line, openrlhf_arguments
+from turnwise.rl.openrlhf.settings import OpenRLHFSettings
 from turnwise.rl.openrlhf.step import StepLoss
 from turnwise.rl.openrlhf.without_flash_attention import FUNCTIONS
 

@@ -48,9 +48,7 @@ def cluster() -> Iterator[None]:
 
 @contextmanager
 def opened(folder: Path, grader: MathGrader) -> Iterator[Trainer]:
-    on_cpu = OpenRLHFBackend(
-        learner=OpenRLHFSettings(gpus_per_rank=0, precision="fp32"), gpus_per_actor=0, cache_gigabytes=0.2
-    )
+    on_cpu = OpenRLHFBackend(OpenRLHFSettings(gpus_per_rank=0, precision="fp32", gpus_per_actor=0, cache_gigabytes=0.2))
     learner = LearnerSettings(learning_rate=1e-4, micro_batch_size=8)
     policies = {seat: Policy(model, (seat,), learner) for seat, model in MODELS.items()}
     settings = TrainingSettings(

@@ -17,7 +17,6 @@ from rich.console import Console
 
 from turnwise.agents.tiny import LONG
 from turnwise.analysis.control import Control
-from turnwise.cli import read_problems, show_pool, show_results, stages_shown, train_shown
 from turnwise.command import read_config
 from turnwise.environments.environment import Environment, Grade, Grader, Outcome
 from turnwise.environments.episode import Episode
@@ -27,6 +26,7 @@ from turnwise.environments.transcript import Reply, Step, Transcript
 from turnwise.rl.rounds import Round
 from turnwise.rl.summary import record, summarise
 from turnwise.rl.trainer import Report, Trainer
+from turnwise.show import read_problems, show_pool, show_results, stages_shown, train_shown
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "longshort_math.py"
@@ -76,7 +76,7 @@ def test_a_seat_without_an_agent(tmp_path: Path) -> None:
     script.write_text(
         "from rich.console import Console\n"
         "from turnwise.agents.scripted import ScriptedAgent\n"
-        "from turnwise.cli import open_environment, play_shown\n"
+        "from turnwise.show import open_environment, play_shown\n"
         "from turnwise.command import run\n"
         "from turnwise.environments.math_grader import MathGrader\n"
         "from turnwise.protocols.long_short import LongShort\n"
