@@ -1,15 +1,26 @@
 """The command `turnwise`. Each command imports what only it needs, so that `--help` is quick."""
 
+from typing import Annotated
+
 import typer
 
+from turnwise import __version__
 from turnwise.command import run_app
 
-app = typer.Typer(
-    name="turnwise",
-    help="Language models reason together in turns, and are trained together to be right and brief.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(name="turnwise", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def turnwise(
+    version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True)] = False,
+) -> None:
+    """Language models reason together in turns, and are trained together to be right and brief."""
 
 
 def main() -> None:
