@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A turn to be sampled, as `Engine.sample` is asked for it; prompt and reply fit into the context together."""
+
+    prompt: tuple[int, ...]
+    stops: tuple[str, ...]
+    max_tokens: int
+    seed: int
+    temperature: float
+    top_p: float
+
+
 class Engine(ABC):
     """Samples from one model, many turns at once: token ids in, token ids and their log-probabilities out.
 
@@ -44,7 +56,6 @@ class Engine(ABC):
         self.prefix_tokens_reused = 0
         self._matchers: dict[tuple[str, ...], StopMatcher] = {}
 
-    @abstractmethod
     async def sample(
         self,
         prompt: Sequence[int],
@@ -59,19 +70,20 @@ class Engine(ABC):
 
         Raises ValueError for a prompt that is empty or fills the context.
         """
-
-    def check_sampling(self, temperature: float, top_p: float) -> None:
-        """Raises `InputError` for what no turn could be sampled at."""
-        check_sampling(temperature, top_p)
-
-    def _budget(self, prompt: Sequence[int], max_tokens: int) -> int:
-        """How many tokens the reply may have. Raises ValueError as `sample` does."""
         room = self.context - len(prompt)
         if not prompt or room < 1:
             raise ValueError(f"a prompt must have from 1 to {self.context - 1} tokens; this one has {len(prompt)}")
         if max_tokens < 1:
             raise ValueError(f"a turn must have room for at least 1 token; max_tokens is {max_tokens}")
-        return min(max_tokens, room)
+        return await self.serve(Request(tuple(prompt), stops, min(max_tokens, room), seed, temperature, top_p))
+
+    @abstractmethod
+    async def serve(self, request: Request) -> Reply:
+        """Samples what `sample` was asked for, which is known to fit."""
+
+    def check_sampling(self, temperature: float, top_p: float) -> None:
+        """Raises `InputError` for what no turn could be sampled at."""
+        check_sampling(temperature, top_p)
 
     def _matcher(self, stops: tuple[str, ...]) -> "StopMatcher":
         if stops not in self._matchers:
@@ -91,6 +103,7 @@ class Engine(ABC):
             tokenizer=self.template.fingerprint,
             model=self.name,
             version=version,
+            versions=tuple(said.versions) if set(said.versions) - {version} else (),
         )
 
 
@@ -139,13 +152,17 @@ class EngineAgent(Agent):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class PartialReply:
-    """A reply that is being sampled, token by token. `finish` is None until a token ends it."""
+    """A reply that is being sampled, token by token. `finish` is None until a token ends it.
+
+    `versions` are of each token, where the weights may be replaced before the end.
+    """
 
     matcher: "StopMatcher"
     ends: frozenset[int]
     budget: int
     ids: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
     finish: Finish | None = None
     stop: str | None = None
 

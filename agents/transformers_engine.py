@@ -1,7 +1,6 @@
 """Samples from a transformers model, with the turns of all running episodes in one batch."""
 
 import asyncio
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from turnwise.agents.chat import ChatTemplate
-from turnwise.agents.engine import Engine
+from turnwise.agents.engine import Engine, Request
 from turnwise.agents.transformers_batch import Batch, Row
 from turnwise.agents.transformers_cache import PrefixStore
 from turnwise.environments.errors import InputError
@@ -112,31 +111,21 @@ class TransformersEngine(Engine):
         self._version = version
         self.prefixes = PrefixStore(self._prefix_limit)
 
-    async def sample(
-        self,
-        prompt: Sequence[int],
-        *,
-        stops: tuple[str, ...],
-        max_tokens: int,
-        seed: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-    ) -> Reply:
-        """Continues `prompt`, in one batch with whatever else is asked for. Raises ValueError as every engine does."""
-        budget = self._budget(prompt, max_tokens)
+    async def serve(self, request: Request) -> Reply:
+        """Samples in one batch with whatever else is asked for."""
         row = Row(
-            prompt=np.array(prompt, dtype=np.int32),
-            matcher=self._matcher(stops),
+            prompt=np.array(request.prompt, dtype=np.int32),
+            matcher=self._matcher(request.stops),
             ends=self.ends,
-            budget=budget,
-            seed=seed,
-            temperature=temperature,
-            top_p=top_p,
+            budget=request.max_tokens,
+            seed=request.seed,
+            temperature=request.temperature,
+            top_p=request.top_p,
             future=asyncio.get_running_loop().create_future(),
         )
         self._join(row)
         await row.future
-        return self._reply(tuple(row.prompt.tolist()), row, row.version)
+        return self._reply(request.prompt, row, row.version)
 
     def _join(self, row: Row) -> None:
         loop = asyncio.get_running_loop()

@@ -4,7 +4,7 @@ import asyncio
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import aclosing
 from itertools import count
 from pathlib import Path
@@ -22,7 +22,7 @@ from vllm.v1.engine.async_llm import AsyncLLM  # type: ignore[import-not-found]
 from vllm.v1.engine.exceptions import EngineDeadError  # type: ignore[import-not-found]
 
 from turnwise.agents.chat import ChatTemplate
-from turnwise.agents.engine import Engine, PartialReply, check_sampling
+from turnwise.agents.engine import Engine, PartialReply, Request, check_sampling
 from turnwise.agents.transformers_engine import checkpoint, load_tokenizer
 from turnwise.agents.vllm_process import LoopThread, save_weights, start_vllm, vllm_settings, weights_folder
 from turnwise.environments.errors import InputError
@@ -44,10 +44,20 @@ class VLLMEngine(Engine):
 
     Prompts share what was computed before in whole blocks (of 32 tokens on a CPU, elsewhere as vLLM chooses).
     `cache_tokens` is how many fit into the memory for keys and values.
+
+    `interruptible` is for who replaces vLLM's weights, and then sets `version`, while replies are running: each token
+    is noticed as it comes, so that it is known to which version it belongs.
     """
 
     def __init__(
-        self, llm: AsyncLLM, tokenizer: PreTrainedTokenizerBase, thread: LoopThread, *, name: str, version: int = 0
+        self,
+        llm: AsyncLLM,
+        tokenizer: PreTrainedTokenizerBase,
+        thread: LoopThread,
+        *,
+        name: str,
+        version: int = 0,
+        interruptible: bool = False,
     ) -> None:
         super().__init__(
             tokenizer,
@@ -64,6 +74,7 @@ class VLLMEngine(Engine):
         self._added = tokenizer.get_added_vocab()
         self._numbers = count()
         self._llm = llm
+        self._interruptible = interruptible
         self._thread = thread
         # These belong to the thread.
         self._running = 0
@@ -123,39 +134,31 @@ class VLLMEngine(Engine):
         """Ends vLLM's process, which frees its memory. Requests that still run are cancelled."""
         self._thread.close(self._shut_down)
 
-    async def sample(
-        self,
-        prompt: Sequence[int],
-        *,
-        stops: tuple[str, ...],
-        max_tokens: int,
-        seed: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-    ) -> Reply:
-        """Has vLLM continue `prompt`. Raises `InputError` also for one with tokens that the model does not know."""
-        budget = self._budget(prompt, max_tokens)
-        if max(prompt) >= self.vocabulary:
+    async def serve(self, request: Request) -> Reply:
+        """Has vLLM sample. Raises `InputError` for a prompt with tokens that the model does not know."""
+        if max(request.prompt) >= self.vocabulary:
             # vLLM's process dies of it, with all that runs there.
             raise InputError(
-                f"a token id must be below {self.vocabulary}, the model's vocabulary; a prompt has {max(prompt)}: call "
-                "model.resize_token_embeddings(len(tokenizer)), save both, and train the model to use the added tokens"
+                f"a token id must be below {self.vocabulary}, the model's vocabulary; a prompt has "
+                f"{max(request.prompt)}: call model.resize_token_embeddings(len(tokenizer)), save both, and train the "
+                "model to use the added tokens"
             )
-        tags = {self._added[stop] for stop in stops if stop in self._added}
+        tags = {self._added[stop] for stop in request.stops if stop in self._added}
+        by_token = self._interruptible or len(tags) < len(request.stops)
         parameters = SamplingParams(
-            max_tokens=budget,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed % 2**63,  # since vLLM reads -1 as no seed
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed % 2**63,  # since vLLM reads -1 as no seed
             logprobs=0,  # besides the sampled token's
             stop_token_ids=sorted(self.ends | tags),
             ignore_eos=True,  # it is among those
             detokenize=False,
             # Other tags are looked for as the tokens come, and then the request is called off.
-            output_kind=RequestOutputKind.DELTA if len(tags) < len(stops) else RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.DELTA if by_token else RequestOutputKind.FINAL_ONLY,
         )
-        said = PartialReply(matcher=self._matcher(stops), ends=self.ends, budget=budget)
-        return await self._thread.wait(self._sample(tuple(prompt), said, parameters))
+        said = PartialReply(matcher=self._matcher(request.stops), ends=self.ends, budget=request.max_tokens)
+        return await self._thread.wait(self._sample(request.prompt, said, parameters))
 
     def check_sampling(self, temperature: float, top_p: float) -> None:
         """Raises `InputError` for what vLLM would not sample at."""
@@ -208,6 +211,7 @@ class VLLMEngine(Engine):
                 completion = output.outputs[0]
                 for token, logs in zip(completion.token_ids, completion.logprobs, strict=True):
                     said.take(token, logs[token].logprob)
+                    said.versions.append(self.version)
                     if said.finish:
                         return
         raise RuntimeError(f"vLLM ended a reply after {len(said.ids)} tokens, without a reason")

@@ -3,7 +3,7 @@
 `python -m turnwise.analysis.audit FOLDER` holds every episode store in FOLDER (a training run has many) to five rules:
 
 - lengths: a reply has as many token ids and as many log-probabilities as `token_count` says, and a prompt before them;
-  log-probabilities are finite and at most 0 (up to `ROUNDING`).
+  log-probabilities are finite and at most 0 (up to `ROUNDING`); versions, where tokens have any, never go back.
 - mask: the trained tokens of a seat's trajectories are its sampled ones, each once, after exactly what was read.
 - drift: token ids read as the reply's text, and a later prompt that shows the text shows those ids.
 - loss: the gradient of `policy_loss`, on the learner's batch, is zero everywhere but at the seat's sampled tokens.
@@ -121,6 +121,9 @@ def _length_faults(reply: Reply) -> Iterator[str]:
         yield f"lengths: token_count {reply.token_count}, {len(ids)} token ids, {len(log_probs)} log-probabilities"
     if not reply.prompt_token_ids:
         yield "lengths: the token ids of the prompt are missing"
+    versions = reply.versions
+    if versions and (len(versions) != len(ids) or sorted(versions) != list(versions) or versions[0] < reply.version):
+        yield f"lengths: {len(ids)} token ids of version {reply.version} or later, in order, are of {list(versions)}"
     # JSON knows no NaN: a store has null in its place.
     if wrong := [value for value in log_probs if value is None or not -inf < value <= ROUNDING]:
         yield f"lengths: a log-probability is {wrong[0]}"

@@ -23,6 +23,9 @@ class Reply:
     Where the engine works on tokens, `token_ids` are the sampled ids, `log_probabilities` (nats, one per id) those of
     the distribution they were drawn from, and `prompt_token_ids` the ids that the engine read before them; `tokenizer`
     fingerprints the vocabulary that gives all these ids their meaning. Where it does not, they are empty.
+
+    `version` is that of the weights with which the reply began. Where others replaced them before it ended, `versions`
+    are those of each token.
     """
 
     text: str
@@ -35,6 +38,7 @@ class Reply:
     tokenizer: str = ""
     model: str = ""
     version: int = 0
+    versions: tuple[int, ...] = ()
 
 
 class Message(NamedTuple):

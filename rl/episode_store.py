@@ -62,7 +62,7 @@ def encode(episode: Episode) -> bytes:
             "token_count": reply.token_count, "finish": reply.finish, "stop": reply.stop,
             "prompt_shared": shared, "prompt_token_ids": prompt[shared:], "token_ids": reply.token_ids,
             "log_probabilities": reply.log_probabilities, "tokenizer": reply.tokenizer, "model": reply.model,
-            "version": reply.version,
+            "version": reply.version, **({"versions": reply.versions} if reply.versions else {}),
         })  # fmt: skip
     return orjson.dumps({
         "id": episode.id, "sample": episode.sample, "seed": episode.seed, "grade": episode.grade,
@@ -84,6 +84,7 @@ def decode(line: bytes) -> Episode:
             text=step["text"], token_count=step["token_count"], finish=step["finish"], stop=step["stop"],
             token_ids=token_ids, log_probabilities=tuple(step["log_probabilities"]), prompt_token_ids=prompt,
             tokenizer=step["tokenizer"], model=step["model"], version=step["version"],
+            versions=tuple(step.get("versions", ())),
         )  # fmt: skip
         steps.append(Step(step["seat"], step["state"], reply, step["prefill"]))
     problem = record["problem"]

@@ -12,6 +12,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
 from turnwise.protocols.rewards import Reward
+from turnwise.rl.advantage import Sample
 from turnwise.rl.run_folder import write_whole
 from turnwise.rl.summary import by_level, summarise
 
@@ -87,6 +88,17 @@ def evaluation_figures(episodes: Sequence[Episode], control_states: Collection[s
         for part, chosen in parts.items()
         for name, value in _figures(chosen, control_states).items()
     }
+
+
+def staleness_figures(samples: Sequence[Sample], version: int) -> dict[str, float]:
+    """How many versions the tokens that a policy of `version` learns from lag behind: on average, and at the most."""
+    lags = [
+        version - of_token
+        for sample in samples
+        for turn in sample.trajectory.turns
+        for of_token in turn.step.reply.versions or (turn.step.reply.version,) * (turn.end - turn.start)
+    ]
+    return {"staleness": fmean(lags), "staleness/most": float(max(lags))} if lags else {}
 
 
 def mode_shares(figures: Mapping[str, float]) -> dict[str, float]:

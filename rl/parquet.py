@@ -24,6 +24,7 @@ _OF_REPLY = {
     **{name: Value("string") for name in ("text", "finish", "stop", "tokenizer", "model")},
     "token_count": Value("int64"),
     "version": Value("int64"),
+    "versions": List(Value("int64")),
     "prompt_token_ids": List(Value("int32")),
     "token_ids": List(Value("int32")),
     "log_probabilities": List(Value("float64")),

@@ -28,18 +28,32 @@ class Policy:
     learner: LearnerSettings = field(default_factory=LearnerSettings)
 
 
+class PolicyDiedError(RuntimeError):
+    """What was asked of a policy that is no more, since one of its processes died. It is to be opened anew."""
+
+
 class TrainedPolicy(ABC):
-    """The weights of one policy: `engine` samples from them as they were when last published."""
+    """The weights of one policy: `engine` samples from them as they were when last published.
+
+    Whatever is asked of it raises PolicyDiedError where it has processes and one of them died.
+    """
 
     engine: Engine
+    concurrent = False
+    """Whether it is sampled from while it learns, and may be published while replies run."""
 
     @abstractmethod
-    def update(self, samples: Sequence[Sample], *, control_states: Collection[str], seed: int) -> dict[str, float]:
+    async def update(
+        self, samples: Sequence[Sample], *, control_states: Collection[str], seed: int
+    ) -> dict[str, float]:
         """Learns from one rollout's samples, as `Learner.update` does; returns figures to be logged."""
 
     @abstractmethod
-    async def publish(self) -> None:
-        """Has the engine sample from the weights as they are now, with nothing kept of what it computed before."""
+    async def publish(self, *, interrupt: bool = False) -> None:
+        """Has the engine sample from the weights as they are now, with nothing kept of what it computed before.
+
+        Replies that run end first, or, with `interrupt`, go on with the new weights.
+        """
 
     @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
@@ -55,6 +69,13 @@ class TrainedPolicy(ABC):
     @abstractmethod
     def load(self, state: Mapping[str, object], folder: Path) -> None:
         """Takes up a state."""
+
+    def waits_for(self) -> str:
+        """In words, whose answers it is waiting for. Called from another thread."""
+        return ""
+
+    def close(self) -> None:  # noqa: B027  # most have none
+        """Ends what processes it has started."""
 
 
 class Backend(Protocol):
@@ -80,12 +101,14 @@ class EmbeddedPolicy(TrainedPolicy):
             reference=copy.deepcopy(model) if policy.learner.loss.kl_coefficient else None,
         )
 
-    def update(self, samples: Sequence[Sample], *, control_states: Collection[str], seed: int) -> dict[str, float]:
-        """Learns from them in this process."""
+    async def update(
+        self, samples: Sequence[Sample], *, control_states: Collection[str], seed: int
+    ) -> dict[str, float]:
+        """Learns from them in this process, while nothing else runs."""
         return self._learner.update(samples, control_states=control_states, seed=seed)
 
-    async def publish(self) -> None:
-        """Has the engine forget what it has cached."""
+    async def publish(self, *, interrupt: bool = False) -> None:
+        """Has the engine forget what it has cached. Between trainings and rollouts in one process, no reply runs."""
         self.engine.version = self._learner.version
 
     def save_pretrained(self, folder: Path) -> None:

@@ -5,7 +5,7 @@ import random
 import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -23,17 +23,27 @@ from turnwise.environments.errors import InputError
 from turnwise.environments.problem import Problem
 from turnwise.environments.seeds import turn_seed
 from turnwise.protocols.protocol import ReasoningProtocol
-from turnwise.rl.advantage import Estimator, Grouping, assign_credit
+from turnwise.rl.advantage import Credit, Estimator, Grouping, assign_credit
 from turnwise.rl.episode_store import EpisodeStore
-from turnwise.rl.metrics import MetricsLog, collapsed_mode, evaluation_figures, mode_shares, training_figures
+from turnwise.rl.metrics import (
+    MetricsLog,
+    collapsed_mode,
+    evaluation_figures,
+    mode_shares,
+    staleness_figures,
+    training_figures,
+)
 from turnwise.rl.rollout import in_order, rollout
 from turnwise.rl.rounds import Round, parse_rounds
 from turnwise.rl.run_folder import Run, claim, write_whole
 from turnwise.rl.summary import Summary, accuracy_efficiency_score, summarise
-from turnwise.rl.trained_policy import Backend, EmbeddedPolicy, Policy
+from turnwise.rl.trained_policy import Backend, EmbeddedPolicy, Policy, PolicyDiedError, TrainedPolicy
+from turnwise.rl.watchdog import LOGGER, watching
 
 # So many steps with but one mode raise the alarm.
 COLLAPSED_FOR = 5
+# So many times policies are opened anew for one step.
+LIVES = 3
 
 
 class TrainingSettings(BaseModel):
@@ -44,6 +54,13 @@ class TrainingSettings(BaseModel):
     and `skip_equal` are `assign_credit`'s. After every `evaluate_every` steps, and at the end of each round, the
     policies are evaluated, at `evaluation_temperature`; every `checkpoint_every` the state of the run is saved; of
     every `keep_episodes`-th step the episodes are kept (0: of none).
+
+    With a `staleness` of s the episodes of the s next steps are begun while a step is still learnt from, and go on over
+    the updates, so that nobody waits for the longest dialogue. Every step still learns from all of its own episodes,
+    whatever their length; each token is weighed by the version that it was sampled from
+    (`LossSettings.importance_cap`). What is sampled then depends on how long everything takes, not on the seed alone.
+
+    A stage that takes longer than `deadline` seconds is warned of, with who waits for whom.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +78,8 @@ class TrainingSettings(BaseModel):
     evaluation_temperature: Annotated[float, Field(ge=0)] = 0.6
     checkpoint_every: PositiveInt = 10
     keep_episodes: Annotated[int, Field(ge=0)] = 10
+    staleness: Annotated[int, Field(ge=0)] = 0
+    deadline: PositiveFloat = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +109,9 @@ class Trainer:
     after the K-th of a policy's rounds), `best/NAME` (of the evaluation with the best AES against the first one),
     `checkpoint.pt`, and beside it `states/` where a backend writes there. A run that was stopped goes on from there:
     all randomness comes from the seed and the number of the step, so it ends, bit for bit, as if it had not stopped.
+    Where a process of a policy dies, all policies are opened anew, and the run goes on from there, too.
+
+    `close`, or the end of a `with`, ends the processes that a backend has started.
 
     Raises InputError for seats without an agent, policies without a seat, groups that are too small to be compared,
     and a folder that holds another run.
@@ -113,39 +135,89 @@ class Trainer:
         self.rounds = parse_rounds(settings.rounds or "+".join(policies), settings.steps, tuple(policies))
         self._check()
         self.steps = self.rounds[-1].end
-        self.trained = {
-            name: backend(
-                policy,
-                updates=settings.steps * sum(name in round.trains for round in self.rounds),
-                temperature=settings.temperature,
-            )
-            for name, policy in policies.items()
-        }
-        # Not before the models are there: a slip in their path would leave the folder taken.
-        claim(self.folder, self._run())
+        self._backend = backend
+        self._opened = ExitStack()
+        self._open()
+        try:
+            # Not before the models are there: a slip in their path would leave the folder taken.
+            claim(self.folder, self._run())
+        except InputError:
+            self.close()
+            raise
         self._done = -1
         self._base: tuple[float, float] | None = None
         self._best = float("-inf")
         self._shares: deque[Mapping[str, float]] = deque(maxlen=COLLAPSED_FOR)
+        self._deaths = 0
+        self._begun: dict[int, asyncio.Task[list[Episode]]] = {}
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the processes of the policies."""
+        self._opened.close()
 
     def train(self) -> Iterator[Report]:
         """Trains to the end, from where the run in the folder was, and reports each step.
 
         Step 0 is the first evaluation, before anything is learnt.
         """
+        while self._done < self.steps:
+            try:
+                with asyncio.Runner() as runner:
+                    yield from self._train(runner)
+            except PolicyDiedError as error:
+                self._reopen(error)
+
+    def _train(self, runner: asyncio.Runner) -> Iterator[Report]:
+        self._begun.clear()
         self._resume()
+        if self._done >= 0:  # for those who ask the team before anything is played
+            runner.run(self._publish())
         log = MetricsLog(self.folder, last=self._done)
         try:
             while self._done < self.steps:
-                report = self._step(self._done + 1)
+                report = runner.run(self._step(self._done + 1))
                 log.write(report.step, report.figures)
-                self._done = report.step
+                self._done, self._deaths = report.step, 0
                 ends_round = report.round is None or report.step == report.round.end
                 if ends_round or report.step % self.settings.checkpoint_every == 0:
                     self._save()
                 yield report
         finally:
             log.close()
+
+    def _open(self) -> None:
+        """Has the backend open all policies, or none."""
+        self.trained: dict[str, TrainedPolicy] = {}
+        with ExitStack() as opened:
+            for name, policy in self.policies.items():
+                updates = self.settings.steps * sum(name in round.trains for round in self.rounds)
+                trained = self._backend(policy, updates=updates, temperature=self.settings.temperature)
+                opened.callback(trained.close)
+                self.trained[name] = trained
+                if self.settings.staleness and not trained.concurrent:
+                    raise InputError(
+                        "staleness needs engines that sample while the policies learn, which those of this backend do "
+                        "not: train on OpenRLHF with vLLM, not colocated, or set staleness to 0"
+                    )
+            self._opened = opened.pop_all()
+
+    def _reopen(self, error: PolicyDiedError) -> None:
+        """Goes on after the death of a policy's process."""
+        self._deaths += 1
+        if self._deaths > LIVES:
+            raise InputError(
+                f"a step must be learnt from within {LIVES} tries; step {self._done + 1} was not ({error}): see to "
+                "what ends the process, most often too little memory, and run the same command again"
+            ) from error
+        LOGGER.warning("%s: all policies are opened anew, and the run goes on from its last checkpoint", error)
+        self.close()
+        self._open()
 
     def team(self, temperature: float) -> dict[str, Agent]:
         """All agents, the policies as they are now, at some temperature."""
@@ -155,41 +227,68 @@ class Trainer:
             team |= dict.fromkeys(policy.seats, agent)
         return team
 
-    def _step(self, step: int) -> Report:
+    async def _step(self, step: int) -> Report:
         """Plays, learns, evaluates."""
         if step == 0:
             for name in self.policies:
                 self._snapshot(name, step)
-            summary, figures = self._evaluate()
+            summary, figures = await self._evaluate()
             return Report(0, self.steps, None, figures, summary, None)
         now = next(round for round in self.rounds if step <= round.end)
-        episodes = self._play(step)
+        episodes = await self._episodes(step)
         groups = self._groups(episodes)
         paid = [self.protocol.rewards(group, step) for group in groups]
         control = self.protocol.control_states
         figures = training_figures(groups, paid, control)
         figures["failed"] = float(len(episodes) - sum(map(len, groups)))
-        for name in now.trains:
-            credit = assign_credit(
+        credits = {
+            name: assign_credit(
                 groups, paid, self.policies[name].seats, estimator=self.settings.estimator,
                 grouping=self.settings.grouping, skip_equal=self.settings.skip_equal,
-            )  # fmt: skip
-            seed = self._seed("update", step)
-            learnt = self.trained[name].update(credit.samples, control_states=control, seed=seed)
+            )
+            for name in now.trains
+        }  # fmt: skip
+        learnt = await self._learn(step, credits)
+        for name, credit in credits.items():
             counts = {"groups": credit.groups, "groups_equal": credit.equal, "groups_single": credit.single}
-            figures |= {f"{name}/{figure}": value for figure, value in {**counts, **learnt}.items()}
+            figures |= {f"{name}/{figure}": value for figure, value in {**counts, **learnt[name]}.items()}
         self._shares.append(mode_shares(figures))
         if step == now.end:
             for name in now.trains:
                 self._snapshot(name, step)
         evaluation = None
         if step == now.end or step % self.settings.evaluate_every == 0:
-            evaluation, evaluated = self._evaluate()
+            evaluation, evaluated = await self._evaluate()
             figures |= evaluated
         collapsed = collapsed_mode(self._shares) if len(self._shares) == COLLAPSED_FOR else None
         return Report(step, self.steps, now, figures, evaluation, collapsed)
 
-    def _play(self, step: int) -> list[Episode]:
+    async def _episodes(self, step: int) -> list[Episode]:
+        """Those of a step. Where they may be stale, those of the next steps are begun, one step after the other."""
+        for number in range(step, min(step + self.settings.staleness, self.steps) + 1):
+            if number not in self._begun:
+                self._begun[number] = asyncio.create_task(self._play(number))
+        try:
+            return await self._begun[step]
+        finally:
+            del self._begun[step]
+
+    async def _learn(self, step: int, credits: Mapping[str, Credit]) -> dict[str, dict[str, float]]:
+        """Has each policy learn from its own samples, all at the same time where they have processes of their own."""
+        control, seed = self.protocol.control_states, self._seed("update", step)
+        with self._watched(f"the update of step {step}"):
+            found = await asyncio.gather(
+                *(self.trained[name].update(credit.samples, control_states=control, seed=seed)
+                  for name, credit in credits.items())
+            )  # fmt: skip
+            learnt = dict(zip(credits, found, strict=True))
+            if self.settings.staleness:
+                for name, credit in credits.items():
+                    learnt[name] |= staleness_figures(credit.samples, self.trained[name].engine.version)
+                await self._publish(interrupt=True)
+        return learnt
+
+    async def _play(self, step: int) -> list[Episode]:
         problems = problems_of_step(self.environment.problems, self.settings.problems, step, self.settings.seed)
         environment = Environment(self.environment.name, problems, self.environment.grader)
         settings, store = self.settings, None
@@ -197,10 +296,12 @@ class Trainer:
             folder = self.folder / "episodes" / f"{step:06}"
             shutil.rmtree(folder, ignore_errors=True)  # of a step that a kill cut short, and that is done again
             store = EpisodeStore(folder, {**self._run(), "step": step})
-        with store or nullcontext():
-            return self._roll_out(environment, settings.samples, settings.temperature, self._seed("play", step), store)
+        with store or nullcontext(), self._watched(f"the rollout of step {step}"):
+            return await self._roll_out(
+                environment, settings.samples, settings.temperature, self._seed("play", step), store
+            )
 
-    def _roll_out(
+    async def _roll_out(
         self, environment: Environment, samples: int, temperature: float, seed: int, store: EpisodeStore | None = None
     ) -> list[Episode]:
         """All episodes at once, in the problems' order.
@@ -209,29 +310,35 @@ class Trainer:
         on how long grading takes. The engines forget what they have cached, for the same reason, and since weights may
         have changed.
         """
-        team = self.team(temperature)
-
-        async def gather() -> list[Episode]:
+        if not self.settings.staleness:
             await self._publish()
-            stream = rollout(
-                self.protocol, team, environment, samples=samples, seed=seed, store=store,
-                concurrency=len(environment.problems) * samples,
-            )  # fmt: skip
-            return [episode async for episode in stream]
+        stream = rollout(
+            self.protocol, self.team(temperature), environment, samples=samples, seed=seed, store=store,
+            concurrency=len(environment.problems) * samples,
+        )  # fmt: skip
+        return in_order(environment, [episode async for episode in stream])
 
-        return in_order(environment, asyncio.run(gather()))
+    async def _publish(self, *, interrupt: bool = False) -> None:
+        await asyncio.gather(*(trained.publish(interrupt=interrupt) for trained in self.trained.values()))
 
-    async def _publish(self) -> None:
-        await asyncio.gather(*(trained.publish() for trained in self.trained.values()))
+    def _watched(self, stage: str) -> AbstractContextManager[None]:
+        def waits_for() -> str:
+            told = ((name, trained.waits_for()) for name, trained in self.trained.items())
+            return "; ".join(f"{name}: {waiting}" for name, waiting in told if waiting) or "nobody else"
+
+        return watching(stage, waits_for, self.settings.deadline)
 
     def _groups(self, episodes: Sequence[Episode]) -> list[list[Episode]]:
         """The episodes that ended in a grade, by problem."""
         graded = (episode for episode in episodes if episode.grade is not None)
         return [list(group) for _, group in groupby(graded, key=lambda episode: episode.transcript.problem.id)]
 
-    def _evaluate(self) -> tuple[Summary, dict[str, float]]:
+    async def _evaluate(self) -> tuple[Summary, dict[str, float]]:
         """Plays the evaluation's problems once each; saves the policies where they have never done better."""
-        episodes = self._roll_out(self.evaluation, 1, self.settings.evaluation_temperature, self._seed("evaluate", 0))
+        with self._watched("the evaluation"):
+            episodes = await self._roll_out(
+                self.evaluation, 1, self.settings.evaluation_temperature, self._seed("evaluate", 0)
+            )
         summary = summarise(episodes)
         accuracy, tokens = self._base = self._base or (summary.accuracy, summary.tokens)
         score = summary.accuracy
@@ -305,10 +412,9 @@ class Trainer:
         self._done, self._base, self._best = state["step"], state["base"], state["best"]
         self._shares.clear()
         self._shares.extend(state["shares"])
-        asyncio.run(self._publish())  # for those who ask the team before anything is played
 
     def _run(self) -> Run:
-        settings = self.settings.model_dump_json(exclude={"checkpoint_every", "keep_episodes"})
+        settings = self.settings.model_dump_json(exclude={"checkpoint_every", "keep_episodes", "deadline"})
         run = {
             "protocol": self.protocol.fingerprint,
             "environment": self.environment.fingerprint,
@@ -332,6 +438,13 @@ class Trainer:
             raise InputError(
                 f"a step plays {settings.problems} problems, but {self.environment.name} has "
                 f"{len(self.environment.problems)}: ask for fewer a step"
+            )
+        if settings.staleness and (
+            without := [n for n, p in self.policies.items() if not p.learner.loss.importance_cap]
+        ):
+            raise InputError(
+                f"what is stale must be weighed by the version that it was sampled from; policies {without} have no "
+                "loss.importance_cap: set it, to 2 say, or staleness to 0"
             )
         filled = [seat for policy in self.policies.values() for seat in policy.seats] + [*self._partners]
         for name, policy in self.policies.items():

@@ -141,8 +141,10 @@ class PolicyRank(class_of(PolicyModelActor)):  # type: ignore[misc]
         if not torch.cuda.is_available():
             import turnwise.rl.openrlhf.vllm_without_cuda  # noqa: F401
         self.trainer.vllm_engines = engines
+        # Processes on one GPU form no NCCL group: OpenRLHF then lets vLLM read the trainer's memory.
+        self.trainer.use_cuda_ipc = torch.cuda.is_available() and self.strategy.args.train.colocate_all
         self.strategy.args.vllm.num_engines = len(engines)
-        if self.strategy.is_rank_0():
+        if self.strategy.is_rank_0() and not self.trainer.use_cuda_ipc:
             self.trainer._init_vllm_sync_group(self.strategy.args.vllm.sync_backend)
 
     def weights(self) -> dict[str, torch.Tensor] | None:

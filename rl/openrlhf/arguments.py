@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 from openrlhf.utils.config import hierarchize
 
-from turnwise.environments.errors import InputError
 from turnwise.rl.learner import LearnerSettings
 from turnwise.rl.openrlhf.settings import OpenRLHFSettings
 
@@ -60,24 +59,14 @@ def openrlhf_arguments(
         "ds.attn_implementation": settings.attention,
         "algo.kl.init_coef": 0,
         "vllm.num_engines": 0,
+        "vllm.sync_backend": "nccl" if settings.engine == "vllm" else "gloo",  # the former asks for vLLM's version
     }
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     words += ["--actor.adam.betas", *map(str, learner.betas), "--actor.eps_clip_low_high", "0.2", "0.2"]
     if settings.gradient_checkpointing:
         words.append("--actor.gradient_checkpointing_enable")
     arguments: SimpleNamespace = hierarchize(command_line().parse_args(words))
+    arguments.train.colocate_all = settings.colocated
     # Not among the choices of the flag, which are of half precision.
     arguments.ds.param_dtype = settings.precision
     return arguments
-
-
-def placement(settings: OpenRLHFSettings, available: dict[str, float]) -> list[dict[str, float]]:
-    """The resources of each rank, of those that Ray has in all. Raises InputError where it has too few."""
-    bundle = {"CPU": 1.0} | ({"GPU": settings.gpus_per_rank} if settings.gpus_per_rank else {})
-    for name, amount in bundle.items():
-        if settings.ranks * amount > available.get(name, 0.0):
-            raise InputError(
-                f"{settings.ranks} rank(s) need {settings.ranks * amount:g} {name}(s), and Ray has "
-                f"{available.get(name, 0.0):g}: ask for fewer ranks, or set gpus_per_rank"
-            )
-    return [bundle] * settings.ranks

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import ray
 import torch
 from ray.actor import ActorHandle
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.exceptions import RayActorError
+from ray.util.placement_group import PlacementGroup
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from turnwise.agents.transformers_engine import checkpoint
@@ -18,10 +19,12 @@ from turnwise.environments.errors import InputError
 from turnwise.rl.advantage import Sample
 from turnwise.rl.learner import LearnerSettings, split
 from turnwise.rl.openrlhf.actors import PolicyRank, ReferenceRank, Strategy
-from turnwise.rl.openrlhf.arguments import openrlhf_arguments, placement
+from turnwise.rl.openrlhf.arguments import openrlhf_arguments
 from turnwise.rl.openrlhf.names import RayActorGroup
+from turnwise.rl.openrlhf.placement import Share, reserve
 from turnwise.rl.openrlhf.settings import OpenRLHFSettings
 from turnwise.rl.openrlhf.step import Step
+from turnwise.rl.trained_policy import PolicyDiedError
 
 ABOUT = "learner.json"
 
@@ -31,10 +34,11 @@ class OpenRLHFLearner:
 
     `updates` is how many rollouts it may learn from, for the learning-rate schedule; `temperature` the one at which
     they are sampled. `reference` is the folder of the model that a KL term keeps it near to; required where the loss
-    has one. Ray must be running. `close`, or the end of a `with`, ends the processes.
+    has one. Ray must be running. `close`, or the end of a `with`, ends the processes. In a `place` that is given the
+    n-th rank takes its part of the n-th bundle.
 
     Raises InputError, before any process starts, for models that are not there or do not fit each other, and for more
-    ranks than Ray has room for.
+    ranks than Ray has room for. Where a rank dies, whatever was asked of it raises PolicyDiedError, and all are ended.
     """
 
     def __init__(
@@ -46,32 +50,35 @@ class OpenRLHFLearner:
         temperature: float = 1.0,
         reference: str | Path | None = None,
         openrlhf: OpenRLHFSettings | None = None,
+        place: PlacementGroup | None = None,
     ) -> None:
         self.settings, self.openrlhf = settings, openrlhf or OpenRLHFSettings()
         self.version = 0
+        self.name = str(model)
         if not settings.loss.kl_coefficient:
             reference = None
         elif reference is None:
             raise InputError("a KL term needs a reference model; give one, or set kl_coefficient to 0")
         model, reference = _everywhere(model), None if reference is None else _everywhere(reference)
-        self._vocabulary = _check_models(model, reference)
-        if not ray.is_initialized():
-            raise InputError("OpenRLHF needs Ray, which is not running: call ray.init() first")
-        bundles = placement(self.openrlhf, ray.cluster_resources())
+        self.vocabulary = check_models(model, reference)
+        self._waiting: dict[str, list[int]] = {}
+        self._release: Callable[[], None] = lambda: None
+        if place is None:
+            place, self._release = reserve(Share("rank", self.openrlhf.ranks, self.openrlhf.gpus_per_rank))
+        self._place = place
         steps = updates * settings.mini_batches
         arguments = openrlhf_arguments(self.openrlhf, settings, steps=steps, temperature=temperature)
         strategy = Strategy(arguments, settings.loss)
-        self._place = placement_group(bundles, strategy="PACK")
-        if not self._place.wait(timeout_seconds=60):
-            self.close()
-            raise InputError(f"{self.openrlhf.ranks} rank(s) need {bundles}, which others of this Ray have taken")
+        self._groups: list[RayActorGroup] = []
         self._policy = self._group(PolicyRank, reference is not None)
         started = self._policy.async_init_model_from_pretrained(strategy, model, steps)
         self._reference = None
         if reference is not None:
             self._reference = self._group(ReferenceRank, True)
             started += self._reference.async_init_model_from_pretrained(strategy, reference)
-        self._results(started)
+        self._results("init_model_from_pretrained", started)
+        if self.openrlhf.colocated:
+            self.offload()
 
     def __enter__(self) -> "OpenRLHFLearner":
         return self
@@ -81,7 +88,11 @@ class OpenRLHFLearner:
 
     def close(self) -> None:
         """Ends the processes. What they have learnt is lost, unless it was saved."""
-        remove_placement_group(self._place)
+        if ray.is_initialized():
+            for group in self._groups:
+                for rank in group._actor_handlers:
+                    ray.kill(rank)
+            self._release()
 
     def update(
         self, samples: Sequence[Sample], *, control_states: Collection[str] = (), seed: int = 0
@@ -92,9 +103,9 @@ class OpenRLHFLearner:
         are then as they were before that step.
         """
         largest = max((max(sample.trajectory.sequence.token_ids) for sample in samples), default=0)
-        if largest >= self._vocabulary:
+        if largest >= self.vocabulary:
             raise InputError(
-                f"samples must be of the model that learns, which has {self._vocabulary} tokens; got token {largest}: "
+                f"samples must be of the model that learns, which has {self.vocabulary} tokens; got token {largest}: "
                 "load the engine and the learner from one checkpoint"
             )
         steps = [
@@ -154,6 +165,19 @@ class OpenRLHFLearner:
             raise InputError(f"{path} must be the state of a learner with {expected}; it has {found}")
         self.version = self._all(self._policy, "load_state", str(path))[0]
 
+    def offload(self) -> None:
+        """Moves what only training needs from the GPUs to main memory, until `reload`."""
+        self._all(self._policy, "offload_states")
+
+    def reload(self) -> None:
+        """Moves it back."""
+        self._all(self._policy, "reload_states")
+
+    def waits_for(self) -> str:
+        """In words, which ranks have not answered what."""
+        ranks = self.openrlhf.ranks
+        return "; ".join(f"rank(s) {late} of {ranks} for {method!r}" for method, late in list(self._waiting.items()))
+
     def _learn(self, step: Step, seed: int) -> dict[str, float]:
         """One optimiser step, which all ranks take together."""
         if not step.experience:
@@ -161,7 +185,7 @@ class OpenRLHFLearner:
         assert len(step.experience) % self.openrlhf.ranks == 0, (
             "a rank with less than others would wait for them forever"
         )
-        self._results(self._policy.async_run_method_batch("append", experience=step.experience))
+        self._results("append", self._policy.async_run_method_batch("append", experience=step.experience))
         found: list[tuple[dict[str, float], dict[str, float]]] = self._all(self._policy, "learn", seed)
         ranks, of_all = [sums for sums, _ in found], found[0][1]
         if not math.isfinite(of_all["gradient_norm"]):
@@ -177,27 +201,36 @@ class OpenRLHFLearner:
             return []
         names = ("sequences", "action_mask", "attention_mask")
         inputs = {name: [getattr(micro, name) for micro in step.experience] for name in names}
-        found = self._results(group.async_run_method_batch("forward", **inputs))
+        found = self._results("forward", group.async_run_method_batch("forward", **inputs))
         return [log_probs for of_rank in found for log_probs in of_rank]
 
     def _group(self, actor: type, shared: bool) -> RayActorGroup:
         share = self.openrlhf.gpus_per_rank / (2 if shared else 1)
-        return RayActorGroup(1, self.openrlhf.ranks, ray.remote(actor), pg=self._place, num_gpus_per_actor=share)
+        group = RayActorGroup(1, self.openrlhf.ranks, ray.remote(actor), pg=self._place, num_gpus_per_actor=share)
+        self._groups.append(group)
+        return group
 
     def _all(self, group: RayActorGroup, method: str, *arguments: object) -> list[Any]:
         """What a method gives on all ranks, in order."""
-        return self._results(group.async_run_method(method, *arguments))
+        return self._results(method, group.async_run_method(method, *arguments))
 
-    def _results(self, calls: Sequence[ray.ObjectRef]) -> list[Any]:
+    def _results(self, method: str, calls: Sequence[ray.ObjectRef]) -> list[Any]:
         """Where one rank fails the others would wait for it: then all are ended."""
         waiting = list(calls)
         try:
             while waiting:
+                self._waiting[method] = [rank for rank, call in enumerate(calls) if call in waiting]
                 ready, waiting = ray.wait(waiting)
                 ray.get(ready)
+        except RayActorError as error:
+            self.close()
+            reason = str(error).strip().splitlines()[0]
+            raise PolicyDiedError(f"a rank that trains {self.name} died in {method!r} ({reason})") from error
         except Exception:
             self.close()
             raise
+        finally:
+            self._waiting.pop(method, None)
         return list(ray.get(list(calls)))
 
     def _about(self) -> dict[str, int | str]:
@@ -222,7 +255,7 @@ def _everywhere(model: str | Path) -> str:
     return str(found.resolve()) if isinstance(found, Path) else found
 
 
-def _check_models(model: str, reference: str | None) -> int:
+def check_models(model: str | Path, reference: str | Path | None) -> int:
     """The size of the vocabulary. The models are built without weights, which takes no time and no memory."""
     shapes = []
     for path in [model, *([reference] if reference is not None else [])]:

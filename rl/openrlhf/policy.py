@@ -1,14 +1,20 @@
-"""A backend of the trainer: policies that learn on OpenRLHF, and are sampled from through its vLLM actors."""
+"""A backend of the trainer: policies that learn on OpenRLHF, and are sampled from through Ray actors."""
 
+import asyncio
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import ray
 import torch
+from ray.actor import ActorHandle
 
+from turnwise.environments.errors import InputError
 from turnwise.rl.advantage import Sample
-from turnwise.rl.openrlhf.learner import OpenRLHFLearner
-from turnwise.rl.openrlhf.rollout_engine import RolloutEngine
+from turnwise.rl.openrlhf.learner import OpenRLHFLearner, check_models
+from turnwise.rl.openrlhf.placement import Share, reserve
+from turnwise.rl.openrlhf.rollout_engine import RolloutEngine, WeightSource
 from turnwise.rl.openrlhf.settings import OpenRLHFSettings
 from turnwise.rl.trained_policy import Policy, TrainedPolicy
 
@@ -16,23 +22,50 @@ from turnwise.rl.trained_policy import Policy, TrainedPolicy
 class OpenRLHFPolicy(TrainedPolicy):
     """One policy: a learner's ranks and an engine's actors, all of them processes of a Ray that is running.
 
-    `close` ends them. Its state is written by each rank below the state's folder, which all of them must share.
+    Its state is written by each rank below the state's folder, which all of them must share. Actors that die are
+    started anew; where a rank dies, what was asked of it raises PolicyDiedError.
     """
 
     engine: RolloutEngine
 
     def __init__(self, learner: OpenRLHFLearner, engine: RolloutEngine) -> None:
+        if engine.vocabulary != learner.vocabulary:
+            raise InputError(
+                f"engine and learner must have one vocabulary; that of {engine.name} has {engine.vocabulary} tokens, "
+                f"and {learner.vocabulary} where it learns: give both one checkpoint"
+            )
         self.engine = engine
         self._learner = learner
-        learner.connect(engine.actors)
+        self.closing = ExitStack()
+        """What `close` does."""
+        self._colocated = self._asleep = learner.openrlhf.colocated
+        self._source: WeightSource = learner if learner.openrlhf.engine == "vllm" else ThroughRay(learner)
+        self._source.connect(engine.actors)
+        engine.source = self._source
+        self.concurrent = learner.openrlhf.engine == "vllm" and not self._colocated
 
-    def update(self, samples: Sequence[Sample], *, control_states: Collection[str], seed: int) -> dict[str, float]:
-        """Learns from them, on all ranks."""
-        return self._learner.update(samples, control_states=control_states, seed=seed)
+    async def update(
+        self, samples: Sequence[Sample], *, control_states: Collection[str], seed: int
+    ) -> dict[str, float]:
+        """Learns from them, on all ranks, while others can learn and sample."""
+        if self._colocated:
+            await self.engine.sleep()
+            self._asleep = True
+            await asyncio.to_thread(self._learner.reload)
+        figures = await asyncio.to_thread(self._learner.update, samples, control_states=control_states, seed=seed)
+        if self._colocated:
+            await asyncio.to_thread(self._learner.offload)
+        return figures
 
-    async def publish(self) -> None:
-        """Sends the weights to the engine's actors, once these have ended what they sample."""
-        await self.engine.update(self._learner.broadcast, version=self._learner.version)
+    async def publish(self, *, interrupt: bool = False) -> None:
+        """Sends the weights to the engine's actors, unless they have them."""
+        if self._asleep:
+            await self.engine.wake()
+            self._asleep = False
+        if self.engine.version == self._learner.version:
+            await self.engine.forget()
+        else:
+            await self.engine.update(self._source.broadcast, version=self._learner.version, interrupt=interrupt)
 
     def save_pretrained(self, folder: Path) -> None:
         """Writes a Hugging Face checkpoint, in the precision of the learner."""
@@ -47,36 +80,77 @@ class OpenRLHFPolicy(TrainedPolicy):
         """Takes up what `state` wrote."""
         self._learner.load(folder)
 
+    def waits_for(self) -> str:
+        """In words, which ranks and which actors have not answered yet."""
+        return "; ".join(told for told in (self._learner.waits_for(), self.engine.waits_for()) if told)
+
     def close(self) -> None:
         """Ends the processes."""
-        self.engine.close()
-        self._learner.close()
+        self.closing.close()
+
+
+class ThroughRay:
+    """Brings a learner's weights to actors that are not vLLM's, by Ray's object store."""
+
+    def __init__(self, learner: OpenRLHFLearner) -> None:
+        self._learner = learner
+        self._actors: list[ActorHandle] = []
+
+    @property
+    def version(self) -> int:
+        """The learner's."""
+        return self._learner.version
+
+    def connect(self, actors: Sequence[ActorHandle]) -> None:
+        """Gets to know the actors."""
+        self._actors = list(actors)
+
+    def broadcast(self) -> None:
+        """Has each of them load the state dict."""
+        weights = ray.put(self._learner.weights())
+        ray.get([actor.load.remote(weights) for actor in self._actors])
 
 
 @dataclass(frozen=True, slots=True)
 class OpenRLHFBackend:
-    """Opens policies on OpenRLHF. Ray must be running."""
+    """Opens policies on OpenRLHF. Ray must be running. With `interrupts`, weights may be published during replies."""
 
     settings: OpenRLHFSettings
+    interrupts: bool = False
 
     def __call__(self, policy: Policy, *, updates: int, temperature: float) -> OpenRLHFPolicy:
         """Starts the processes of a policy. Raises InputError as `OpenRLHFLearner` and `RolloutEngine.start` do."""
-        settings = self.settings
-        learner = OpenRLHFLearner(
-            policy.model, policy.learner, updates=updates, temperature=temperature, reference=policy.model,
-            openrlhf=settings,
-        )  # fmt: skip
-        try:
+        settings, model = self.settings, policy.model
+        check_models(model, None)  # before any process starts
+        with ExitStack() as on_failure:
+            place = None
+            if settings.colocated:
+                place, release = reserve(
+                    Share("rank", settings.ranks, settings.gpus_per_rank),
+                    Share("actor", settings.actors, settings.gpus_per_actor),
+                )
+                on_failure.callback(release)
             engine = RolloutEngine.start(
-                policy.model,
+                model,
+                engine=settings.engine,
                 actors=settings.actors,
                 gpus_per_actor=settings.gpus_per_actor,
                 cache_gigabytes=settings.cache_gigabytes,
                 context=settings.context,
                 dtype=torch.float32 if settings.precision == "fp32" else torch.bfloat16,
                 max_running=settings.max_running,
+                interruptible=self.interrupts,
+                sleeps=settings.colocated,
+                place=place,
             )
-        except BaseException:
-            learner.close()
-            raise
-        return OpenRLHFPolicy(learner, engine)
+            on_failure.callback(engine.close)
+            if settings.colocated:
+                ray.get([actor.sleep.remote() for actor in engine.actors])
+            learner = OpenRLHFLearner(
+                model, policy.learner, updates=updates, temperature=temperature, reference=model, openrlhf=settings,
+                place=place,
+            )  # fmt: skip
+            on_failure.callback(learner.close)
+            opened = OpenRLHFPolicy(learner, engine)
+            opened.closing = on_failure.pop_all()
+        return opened

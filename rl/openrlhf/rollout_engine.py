@@ -1,151 +1,66 @@
-"""Samples from a policy that learns on OpenRLHF, through OpenRLHF's own Ray actors, which have vLLM in them."""
+"""Samples from a policy that learns on OpenRLHF, through Ray actors with an engine in each."""
 
 import asyncio
-import functools
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import ray
 import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from vllm.v1.engine.exceptions import EngineDeadError  # type: ignore[import-not-found]
 
 from turnwise.agents.chat import ChatTemplate
-from turnwise.agents.engine import Engine, check_sampling
+from turnwise.agents.engine import Engine, Request, check_sampling
 from turnwise.agents.transformers_engine import checkpoint, load_tokenizer
-from turnwise.agents.vllm_engine import VLLMEngine
-from turnwise.agents.vllm_process import CPU_ENVIRONMENT, ON_CPU, LoopThread, WorkerExtension, vllm_settings
 from turnwise.environments.errors import InputError
 from turnwise.environments.transcript import Reply
-from turnwise.rl.openrlhf.names import class_of
+from turnwise.rl.openrlhf.homes import BLOCK, Homes
+from turnwise.rl.openrlhf.placement import Share, reserve
+from turnwise.rl.openrlhf.sampling_actor import EngineDiedError, Sampled, Served
+from turnwise.rl.openrlhf.settings import EngineName
 
-import openrlhf.trainer.ray.vllm_engine as vllm_engine  # isort: skip  # after the names
-import openrlhf.trainer.ray.vllm_worker_wrap as vllm_worker_wrap  # isort: skip
-
-T = TypeVar("T")
-
-PLACED_WITHIN, ENDS_WITHIN = 60.0, 30.0  # seconds
-
-# vLLM imports it by name.
-WORKER = "turnwise.rl.openrlhf.vllm_without_cuda.WorkerWithoutCUDA" if ON_CPU else f"{__name__}.Worker"
-BLOCK = 32
-"""So many tokens are looked up at a time, to find where a dialogue was begun."""
+ENDS_WITHIN = 30.0  # seconds
+# So many times in a row, without a reply in between, an engine is brought back to life.
+LIVES = 3
 
 
-class EngineDiedError(RuntimeError):
-    """What was asked of an actor that is no more."""
+class WeightSource(Protocol):
+    """Where the weights of an engine come from: a learner."""
 
+    @property
+    def version(self) -> int:
+        """Of the weights that would be sent now."""
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A turn to be sampled, as `Engine.sample` is asked for it."""
+    def connect(self, actors: Sequence[ActorHandle]) -> None:
+        """Gets to know the actors, which may be new."""
 
-    prompt: tuple[int, ...]
-    stops: tuple[str, ...]
-    max_tokens: int
-    seed: int
-    temperature: float
-    top_p: float
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A reply, and what of the two counts of `Engine` came up since the one before."""
-
-    reply: Reply
-    prompt_tokens: int
-    prefix_tokens_reused: int
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """The model as vLLM serves it."""
-
-    context: int
-    ends: frozenset[int]
-    vocabulary: int
-    cache_tokens: int
-    dtype: torch.dtype
-
-
-class Worker(vllm_worker_wrap.WorkerWrap, WorkerExtension):  # type: ignore[misc]
-    """What vLLM's workers can do beyond their own methods: they receive weights as OpenRLHF's do."""
-
-
-class OwnLoop(LoopThread):
-    """Stands for the thread of a `VLLMEngine` whose vLLM lives in the event loop that asks it."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-
-    async def wait(self, coroutine: Coroutine[None, None, T]) -> T:
-        """What the coroutine returns."""
-        return await coroutine
-
-
-class RolloutActor(class_of(vllm_engine.RolloutRayActor)):  # type: ignore[misc]
-    """OpenRLHF's actor, which samples as `VLLMEngine` does.
-
-    OpenRLHF's `generate` tells of a reply when vLLM has ended it, by its own reading of the text. Here it is turnwise
-    that decides, with every token, whether a closing tag has come.
-    """
-
-    async def __init__(self, **settings: object) -> None:  # type: ignore[misc]  # Ray awaits it
-        await super().__init__(**settings)
-        await self.llm.collective_rpc("end_with_parent")  # which is the actor
-        model = str(settings["model"])
-        self._engine = VLLMEngine(self.llm, load_tokenizer(model), OwnLoop(), name=model)
-        self._counted = (0, 0)
-
-    def served(self) -> Served:
-        """What it serves."""
-        engine, dtype = self._engine, self.llm.model_config.dtype
-        return Served(engine.context, engine.ends, engine.vocabulary, engine.cache_tokens, dtype)
-
-    async def sample(self, request: Request) -> Sampled:
-        """Samples one turn; where this is cancelled, so it is in vLLM."""
-        reply = await self._engine.sample(
-            request.prompt,
-            stops=request.stops,
-            max_tokens=request.max_tokens,
-            seed=request.seed,
-            temperature=request.temperature,
-            top_p=request.top_p,
-        )
-        counts = self._engine.prompt_tokens, self._engine.prefix_tokens_reused
-        prompt, reused = (now - before for now, before in zip(counts, self._counted, strict=True))
-        self._counted = counts
-        return Sampled(reply, prompt, reused)
-
-    async def forget(self, *, running: bool) -> None:
-        """Empties the prefix cache; with `running`, what running replies have computed is computed anew."""
-        if not await self.llm.reset_prefix_cache(reset_running_requests=running):
-            raise RuntimeError("vLLM's prefix cache holds on to the old weights: a request still runs")
-
-    def shut_down(self) -> None:
-        """Ends vLLM's own process, which does not always take the hint."""
-        self.llm.shutdown(timeout=1.0)
+    def broadcast(self) -> None:
+        """Sends them the weights of `version`, and returns once they are there."""
 
 
 class RolloutEngine(Engine):
-    """Samples through one or several of OpenRLHF's vLLM actors with the same weights, as `VLLMEngine` does.
+    """Samples through one or several Ray actors with the same weights.
 
     `start` makes one. It is asked from one event loop at a time. `close`, or the end of its `with`, ends the actors.
 
     A dialogue goes on where it began, since its past is cached there; it begins where the fewest turns are running. A
-    turn that is cancelled is called off in vLLM, which no other turn notices.
+    turn that is cancelled is called off in its actor, which no other turn notices.
 
-    An actor that dies fails its turns with an `EngineDiedError`. The others take over the dialogues, until `restart`.
+    The turns of an actor that dies are asked of another one, with the same seeds; so no episode is lost by it. Where
+    none is left, and before the next update, those that died are started anew and get their weights from `source`, at
+    most `LIVES` times without a reply. Where there is no source, the turns fail with an EngineDiedError.
     """
 
     def __init__(
         self, launch: Callable[[int], ActorHandle], actors: Sequence[ActorHandle], served: Served, model: str | Path,
-        *, close: Callable[[], None], version: int = 0,
+        *, by_vllm: bool, close: Callable[[], None], version: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(load_tokenizer(model), name=str(model), context=served.context, end_tokens=sorted(served.ends))
         self.ends, self.vocabulary, self.dtype = served.ends, served.vocabulary, served.dtype
@@ -153,9 +68,11 @@ class RolloutEngine(Engine):
         self.version = version
         self.actors = list(actors)
         """Their Ray handles, for the learner that sends them its weights."""
-        self._launch, self._close = launch, close
-        self._running: dict[ray.ObjectRef, int] = {}
+        self.source: WeightSource | None = None
+        self._launch, self._close, self._by_vllm = launch, close, by_vllm
+        self._running: dict[ray.ObjectRef, tuple[int, float]] = {}
         self._dead = dict[int, str]()
+        self._deaths = 0
         self._homes = Homes(self.cache_tokens // BLOCK)
         self._updated: asyncio.Event | None = None
         self._half_updated = False
@@ -165,6 +82,7 @@ class RolloutEngine(Engine):
         cls,
         model: str | Path,
         *,
+        engine: EngineName = "vllm",
         actors: int = 1,
         gpus_per_actor: float = 1.0,
         cache_gigabytes: float = 1.0,
@@ -172,34 +90,41 @@ class RolloutEngine(Engine):
         dtype: torch.dtype | None = None,
         max_running: int = 64,
         version: int = 0,
+        interruptible: bool = False,
+        sleeps: bool = False,
+        place: PlacementGroup | None = None,
     ) -> "RolloutEngine":
         """Starts the actors on a checkpoint folder or a model of the Hugging Face hub. Ray must be running.
 
         Each takes `gpus_per_actor` of a GPU (0: a CPU), and the memory of its weights and `cache_gigabytes` (of 10^9
         bytes) for keys and values; each samples up to `max_running` turns at once. `context` is by default the model's
         own; `dtype` must be that in which the learner sends the weights: by default float32 on a CPU and the saved one
-        elsewhere.
+        elsewhere. With `interruptible` an update may come in the midst of replies, and with `sleeps` the memory may be
+        lent; both are vLLM's. In a `place` that is given the n-th actor takes its part of the n-th bundle.
 
         Raises `InputError` for a model that cannot be served, and for more actors than Ray has room for.
         """
         path = checkpoint(model)
-        settings = vllm_settings(
-            path, cache_gigabytes=cache_gigabytes, context=context, dtype=dtype, max_running=max_running
-        )
         ChatTemplate(load_tokenizer(path))  # what is wrong with it is told before gigabytes of weights are read
-        settings |= {"worker_extension_cls": WORKER, "skip_tokenizer_init": True, "disable_log_stats": True}
-        place = _place(actors, gpus_per_actor)
-        close = functools.partial(remove_placement_group, place)
+        if engine == "vllm":
+            actor, settings, environment = _vllm(
+                path, gpus_per_actor, cache_gigabytes, context, dtype, max_running, interruptible, sleeps
+            )
+        else:
+            actor, settings, environment = _transformers(path, gpus_per_actor, dtype, max_running)
+        close: Callable[[], None] = lambda: None  # noqa: E731
+        if place is None:
+            place, close = reserve(Share("actor", actors, gpus_per_actor))
 
         def launch(number: int) -> ActorHandle:
-            options = ray.remote(RolloutActor).options(
+            options = ray.remote(actor).options(
                 num_cpus=1,
                 num_gpus=gpus_per_actor,
-                max_concurrency=100_000,  # it is vLLM that queues them
-                runtime_env={"env_vars": CPU_ENVIRONMENT if ON_CPU else {}},
+                max_concurrency=100_000,  # it is the engine that queues them
+                runtime_env={"env_vars": environment},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(place, placement_group_bundle_index=number),
             )
-            return options.remote(**settings, num_gpus=gpus_per_actor)
+            return options.remote(**settings, version=version)
 
         try:
             started = [launch(number) for number in range(actors)]
@@ -207,14 +132,14 @@ class RolloutEngine(Engine):
         except (RayActorError, RayTaskError) as error:
             close()
             raise InputError(
-                f"cannot serve {path} with vLLM ({_reason(error)}): give the folder that save_pretrained wrote for a "
-                "model and its tokenizer, or a hub id, and as many cache_gigabytes as its context needs; vLLM's own "
-                "messages, if any, say more"
+                f"cannot serve {path} with {engine} ({_reason(error)}): give the folder that save_pretrained wrote for "
+                "a model and its tokenizer, or a hub id, and as many cache_gigabytes as its context needs; the "
+                "engine's own messages, if any, say more"
             ) from error
         except BaseException:
             close()
             raise
-        return cls(launch, started, served[0], path, close=close, version=version)
+        return cls(launch, started, served[0], path, by_vllm=engine == "vllm", close=close, version=version)
 
     def __enter__(self) -> "RolloutEngine":
         return self
@@ -223,41 +148,49 @@ class RolloutEngine(Engine):
         self.close()
 
     def close(self) -> None:
-        """Ends the actors and vLLM's processes, which frees their memory. Turns that still run fail."""
+        """Ends the actors and the engines' processes, which frees their memory. Turns that still run fail."""
         alive = [actor for number, actor in enumerate(self.actors) if number not in self._dead]
+        self.source = None
         self._dead = dict.fromkeys(range(len(self.actors)), "the engine is closed")
         if alive and ray.is_initialized():
             # Where Ray ends an actor, it is left to vLLM's process to notice.
             ray.wait([actor.shut_down.remote() for actor in alive], num_returns=len(alive), timeout=ENDS_WITHIN)
             self._close()
 
-    async def sample(
-        self,
-        prompt: Sequence[int],
-        *,
-        stops: tuple[str, ...],
-        max_tokens: int,
-        seed: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-    ) -> Reply:
-        """Has an actor continue `prompt`. Raises `InputError` also for one with tokens that the model does not know."""
-        request = Request(tuple(prompt), stops, max_tokens, seed, temperature, top_p)
-        while self._updated is not None:
-            await self._updated.wait()
-        self._check_weights()
-        version, number = self.version, self._choose(request.prompt)
-        sampled = await self._ask(number, request)
-        self._check_weights()
-        self.prompt_tokens += sampled.prompt_tokens
-        self.prefix_tokens_reused += sampled.prefix_tokens_reused
-        if version == self.version:  # else what was cached is no more
-            self._homes.keep(request.prompt + sampled.reply.token_ids, number)
-        return replace(sampled.reply, model=self.name, version=version)
+    async def serve(self, request: Request) -> Reply:
+        """Has an actor sample. Raises `InputError` for a prompt with tokens that the model does not know."""
+        while True:
+            while self._updated is not None:
+                await self._updated.wait()
+            self._check_weights()
+            if len(self._dead) == len(self.actors):
+                await self._restore()
+                continue
+            version, number = self.version, self._choose(request.prompt)
+            try:
+                sampled = await self._ask(number, request)
+            except EngineDiedError:
+                if self.source is None:
+                    raise
+                continue
+            self._check_weights()
+            self._deaths = 0
+            self.prompt_tokens += sampled.prompt_tokens
+            self.prefix_tokens_reused += sampled.prefix_tokens_reused
+            if version == self.version:  # else what was cached is no more
+                self._homes.keep(request.prompt + sampled.reply.token_ids, number)
+            return replace(sampled.reply, model=self.name)
 
     def check_sampling(self, temperature: float, top_p: float) -> None:
-        """As `VLLMEngine` does."""
-        check_sampling(temperature, top_p, by_vllm=True)
+        """As the engine of the actors does."""
+        check_sampling(temperature, top_p, by_vllm=self._by_vllm)
+
+    def waits_for(self) -> str:
+        """In words, which actors have turns to answer, and for how long."""
+        now, turns = time.monotonic(), Counter(number for number, _ in self._running.values())
+        since = {number: now - min(at for other, at in self._running.values() if other == number) for number in turns}
+        told = (f"{turns[n]} turn(s) for actor {n} of {self.name}, up to {since[n]:.0f} s" for n in sorted(turns))
+        return "; ".join(told)
 
     async def update(
         self, broadcast: Callable[[], object], *, version: int | None = None, interrupt: bool = False
@@ -266,21 +199,34 @@ class RolloutEngine(Engine):
 
         It is called in a thread, and must not return before the weights are there; turns that come meanwhile wait.
         Every reply is thus sampled from one version, which it carries; the new one is by default the old one plus 1.
-        With `interrupt` replies do not end first: they go on with the new weights, and carry the version with which
-        they began. What is cached of the old weights is forgotten. Where this fails, the engine serves again only after
-        an update that succeeds.
+        With `interrupt` replies do not end first: they go on with the new weights, and tell the version of each token.
+        What is cached of the old weights is forgotten. Where this fails, the engine serves again only after an update
+        that succeeds.
         """
-        while self._updated is not None:
-            await self._updated.wait()
-        self._updated = asyncio.Event()
-        try:
-            await self._each("served")  # else a dead one would fail the learner
+        async with self._closed():
+            await self._all_alive()
             await (self._each("pause_generation") if interrupt else self._idle())
-            await self._replace_weights(broadcast, interrupt)
-            self.version = self.version + 1 if version is None else version
-        finally:
-            self._updated.set()
-            self._updated = None
+            await self._replace_weights(broadcast, self.version + 1 if version is None else version, interrupt)
+
+    async def forget(self) -> None:
+        """Empties what is cached, once all running replies have ended; turns that come meanwhile wait."""
+        async with self._closed():
+            await self._all_alive()
+            if self._half_updated and self.source is not None:  # some were started anew
+                await self._replace_weights(self.source.broadcast, self.source.version, False)
+            else:
+                await self._idle()
+                await self._each("updated", version=self.version, running=False)
+                self._homes.clear()
+
+    async def sleep(self) -> None:
+        """Lends the GPU's memory to others, until `wake`. Turns that come meanwhile wait forever: ask none."""
+        await self._idle()
+        await self._each("sleep")
+
+    async def wake(self) -> None:
+        """Takes the memory back, with the weights that it had."""
+        await self._each("wake_up")
 
     async def restart(self) -> None:
         """Starts actors anew in the place of those that died. They have the weights that the engine was started on.
@@ -288,7 +234,7 @@ class RolloutEngine(Engine):
         Nothing is sampled before the learner was given the `actors` again, and an `update`.
         """
         for number in self._dead:
-            ray.kill(self.actors[number])  # it holds its place as long as it lives, without vLLM
+            ray.kill(self.actors[number])  # it holds its place as long as it lives, without its engine
         started = {number: self._launch(number) for number in self._dead}
         for number, actor in started.items():
             await self._answer(actor.served.remote(), number)
@@ -298,10 +244,55 @@ class RolloutEngine(Engine):
             self._homes.clear()
             self._half_updated = True
 
-    async def _replace_weights(self, broadcast: Callable[[], object], interrupt: bool) -> None:
+    @asynccontextmanager
+    async def _closed(self) -> AsyncIterator[None]:
+        """Turns that come meanwhile wait."""
+        while self._updated is not None:
+            await self._updated.wait()
+        self._updated = asyncio.Event()
+        try:
+            yield
+        finally:
+            self._updated.set()
+            self._updated = None
+
+    async def _restore(self) -> None:
+        """Brings an engine back of which no actor is alive."""
+        async with self._closed():
+            if len(self._dead) < len(self.actors):
+                return  # another turn has done it meanwhile
+            if self.source is None:
+                raise EngineDiedError(f"no actor of {self.name} is alive ({self._dead[0]}): call restart()")
+            await self._revive(self.source)
+            await self._replace_weights(self.source.broadcast, self.source.version, False)
+
+    async def _all_alive(self) -> None:
+        """Once they are. Else a dead one would fail the learner that sends to it."""
+        while True:
+            if self.source is not None and self._dead:
+                await self._revive(self.source)
+            try:
+                return await self._each("served")
+            except EngineDiedError:
+                if self.source is None:
+                    raise
+
+    async def _revive(self, source: WeightSource) -> None:
+        """Starts anew those that died, and makes them known to the learner."""
+        self._deaths += 1
+        if self._deaths > LIVES:
+            raise InputError(
+                f"an engine must live for at least a reply; that of {self.name} died {self._deaths} times in a row "
+                f"({next(iter(self._dead.values()))}): give it fewer turns at once (max_running), or more memory"
+            )
+        await self._idle()
+        await self.restart()
+        await asyncio.to_thread(source.connect, self.actors)
+
+    async def _replace_weights(self, broadcast: Callable[[], object], version: int, interrupt: bool) -> None:
         try:
             await asyncio.to_thread(broadcast)
-            await self._each("forget", running=interrupt)
+            await self._each("updated", version=version, running=interrupt)
             if interrupt:
                 await self._each("resume_generation")
         except BaseException:
@@ -312,6 +303,7 @@ class RolloutEngine(Engine):
             raise
         self._homes.clear()
         self._half_updated = False
+        self.version = version
 
     def _check_weights(self) -> None:
         if self._half_updated:
@@ -320,22 +312,20 @@ class RolloutEngine(Engine):
     def _choose(self, prompt: tuple[int, ...]) -> int:
         """The actor that has said the last of the prompt's turns, or the one that is asked for the fewest now."""
         alive = [number for number in range(len(self.actors)) if number not in self._dead]
-        if not alive:
-            raise EngineDiedError(f"no actor of {self.name} is alive ({self._dead[0]}): call restart()")
         home = self._homes.find(prompt)
         if home in alive:
             return home
-        asked = list(self._running.values())
+        asked = [number for number, _ in self._running.values()]
         return min(alive, key=asked.count)
 
     async def _ask(self, number: int, request: Request) -> Sampled:
-        reference = self.actors[number].sample.remote(request)
-        self._running[reference] = number
+        reference = self.actors[number].reply.remote(request)
+        self._running[reference] = number, time.monotonic()
         try:
             sampled: Sampled = await self._answer(reference, number)
         except asyncio.CancelledError:
-            # Ray cancels the coroutine in the actor, which calls off this request of vLLM's and no other. Let run to
-            # its end it would hold up the next update for a whole reply that nobody reads.
+            # Ray cancels the coroutine in the actor, which calls off this request of the engine's and no other. Let run
+            # to its end it would hold up the next update for a whole reply that nobody reads.
             ray.cancel(reference)
             raise
         return sampled
@@ -347,9 +337,9 @@ class RolloutEngine(Engine):
         try:
             return await asyncio.wrap_future(reference.future())
         except RayTaskError as error:
-            if not isinstance(error.cause, EngineDeadError):
+            if not isinstance(error.cause, EngineDiedError):
                 raise error.cause from None
-            reason = "vLLM's process ended"
+            reason = str(error.cause)
         except RayActorError as error:
             reason = _reason(error).split(". ")[0]
         self._dead.setdefault(number, reason)
@@ -368,63 +358,42 @@ class RolloutEngine(Engine):
         await asyncio.gather(*running, return_exceptions=True)
 
 
-class Homes:
-    """Which actor knows how a prompt begins, by the tokens of that beginning; the latest `size` of them."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._homes = dict[int, int]()
-
-    def find(self, prompt: Sequence[int]) -> int | None:
-        """The actor of the longest beginning that was kept."""
-        found = None
-        for key in beginnings(prompt):
-            found = self._homes.get(key, found)
-        return found
-
-    def keep(self, sequence: Sequence[int], actor: int) -> None:
-        """Remembers the end of a turn, and not its beginnings: a beginning may be that of all dialogues."""
-        for key in (*beginnings(sequence),)[-1:]:
-            self._homes.pop(key, None)
-            self._homes[key] = actor
-        if len(self._homes) > self._size:
-            del self._homes[next(iter(self._homes))]
-
-    def clear(self) -> None:
-        """Forgets all."""
-        self._homes.clear()
+# Each imports what only it needs.
 
 
-def beginnings(tokens: Sequence[int]) -> Iterator[int]:
-    """A key for each beginning of whole blocks, from the shortest to the longest."""
-    key = 0
-    for end in range(BLOCK, len(tokens) + 1, BLOCK):
-        key = hash((key, *tokens[end - BLOCK : end]))
-        yield key
+def _vllm(
+    model: str | Path,
+    gpus: float,
+    cache_gigabytes: float,
+    context: int | None,
+    dtype: torch.dtype | None,
+    max_running: int,
+    interruptible: bool,
+    sleeps: bool,
+) -> tuple[type, dict[str, object], dict[str, str]]:
+    from turnwise.agents.vllm_process import ON_CPU, vllm_settings
+    from turnwise.rl.openrlhf.vllm_actor import ENVIRONMENT, WORKER, VLLMActor
+
+    settings: dict[str, object] = {
+        **vllm_settings(model, cache_gigabytes=cache_gigabytes, context=context, dtype=dtype, max_running=max_running),
+        "worker_extension_cls": WORKER,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": True,
+        "interruptible": interruptible,
+        "num_gpus": gpus,
+    }
+    if sleeps and not ON_CPU:  # where vLLM takes no notice of being told to sleep
+        settings["enable_sleep_mode"] = True
+    return VLLMActor, settings, ENVIRONMENT
 
 
-def _place(actors: int, gpus_per_actor: float) -> PlacementGroup:
-    """Room for the actors. Raises `InputError` where Ray has too little."""
-    if actors < 1 or not 0 <= gpus_per_actor <= 1:
-        raise InputError(
-            f"actors must be at least 1 and gpus_per_actor within [0, 1]; got actors={actors}, "
-            f"gpus_per_actor={gpus_per_actor}"
-        )
-    if not ray.is_initialized():
-        raise InputError("OpenRLHF's actors need Ray, which is not running: call ray.init() first")
-    bundle = {"CPU": 1.0} | ({"GPU": gpus_per_actor} if gpus_per_actor else {})
-    there = ray.cluster_resources()
-    for name, amount in bundle.items():
-        if actors * amount > there.get(name, 0.0):
-            raise InputError(
-                f"{actors} actor(s) need {actors * amount:g} {name}(s), and Ray has {there.get(name, 0.0):g}: ask for "
-                "fewer actors, or set gpus_per_actor"
-            )
-    place = placement_group([bundle] * actors, strategy="PACK")
-    if not place.wait(timeout_seconds=PLACED_WITHIN):
-        remove_placement_group(place)
-        raise InputError(f"{actors} actor(s) need {bundle} each, which others of this Ray have taken")
-    return place
+def _transformers(
+    model: str | Path, gpus: float, dtype: torch.dtype | None, max_running: int
+) -> tuple[type, dict[str, object], dict[str, str]]:
+    from turnwise.rl.openrlhf.transformers_actor import TransformersActor
+
+    device = "cuda" if gpus else "cpu"
+    return TransformersActor, {"model": model, "device": device, "dtype": dtype, "max_running": max_running}, {}
 
 
 def _reason(error: Exception) -> str:

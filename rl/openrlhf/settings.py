@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+EngineName = Literal["vllm", "transformers"]
+
 
 class OpenRLHFSettings(BaseModel):
     """Where and how each policy is trained and sampled from; what it learns is the same, within the rounding.
@@ -30,7 +32,7 @@ class OpenRLHFSettings(BaseModel):
     precision: Literal["bf16", "fp32"] = "bf16"
     attention: Literal["flash_attention_2", "sdpa", "eager"] = "sdpa"
     gradient_checkpointing: bool = False
-    engine: Literal["vllm", "transformers"] = "vllm"
+    engine: EngineName = "vllm"
     actors: PositiveInt = 1
     gpus_per_actor: Annotated[float, Field(ge=0, le=1)] = 1.0
     cache_gigabytes: PositiveFloat = 1.0

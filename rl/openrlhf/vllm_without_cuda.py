@@ -14,7 +14,7 @@ import openrlhf.utils.distributed_util as distributed_util  # noqa: E402
 from vllm.distributed.utils import StatelessProcessGroup  # type: ignore[import-not-found]  # noqa: E402
 
 # By way of `vllm_process`, this also has vLLM keep linear layers as they are loaded, and loadable again.
-from turnwise.rl.openrlhf.rollout_engine import Worker  # noqa: E402
+from turnwise.rl.openrlhf.vllm_actor import Worker  # noqa: E402
 
 
 class Group:

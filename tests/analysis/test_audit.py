@@ -173,6 +173,9 @@ def changed(place: int, fields: Mapping[str, object], episode: Episode = SOUND) 
         ({"log_probabilities": (-0.5, float("nan"))}, "lengths: a log-probability is nan"),
         ({"log_probabilities": (float("-inf"), -0.5)}, "lengths: a log-probability is -inf"),
         ({"log_probabilities": (-0.5, 2e-5)}, "lengths: a log-probability is 2e-05"),
+        ({"versions": (1,)}, "lengths: 2 token ids of version 0 or later, in order, are of [1]"),
+        ({"versions": (2, 1)}, "lengths: 2 token ids of version 0 or later, in order, are of [2, 1]"),
+        ({"version": 3, "versions": (2, 3)}, "lengths: 2 token ids of version 3 or later, in order, are of [2, 3]"),
     ],
 )
 def test_lengths_that_differ_and_what_is_no_log_probability(fields: dict[str, object], fault: str) -> None:

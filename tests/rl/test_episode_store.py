@@ -112,6 +112,7 @@ def episodes(draw: st.DrawFn) -> Episode:
             text=draw(texts), token_count=draw(st.integers(0, 2**31)), finish=draw(finishes),
             stop=draw(st.none() | texts), token_ids=ids, log_probabilities=tuple(draw(log_probabilities) for _ in ids),
             prompt_token_ids=prompt, tokenizer=draw(texts), model=draw(texts), version=draw(st.integers(0, 2**31)),
+            versions=draw(st.sampled_from([(), tuple(range(len(ids)))])),
         )  # fmt: skip
         steps.append(Step(seat, draw(texts), reply, draw(texts)))
     problem = Problem(

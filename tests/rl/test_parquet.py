@@ -14,7 +14,9 @@ from turnwise.rl.episode_store import EpisodeStore
 from turnwise.rl.parquet import export_parquet
 
 PROBLEM = Problem("p1", "1 + 1?", "B", level=2, choices=("3", "2"))
-REPLY = Reply("<answer> B </answer>", 3, "stop", "</answer>", (5, 6, 7), (-0.1, -1e-9, -2.0), (1, 2), "abc", "tiny", 4)
+REPLY = Reply(
+    "<answer> B </answer>", 3, "stop", "</answer>", (5, 6, 7), (-0.1, -1e-9, -2.0), (1, 2), "abc", "tiny", 4, (4, 4, 5)
+)
 EPISODES = [
     Episode(Transcript(PROBLEM, (Step("long", "think", REPLY, "<think>"),)), 0, 2**62, Grade(Outcome.RIGHT, "B")),
     Episode(Transcript(PROBLEM), 1, 2**62, error="RuntimeError: no answer"),
@@ -40,7 +42,7 @@ def test_every_field_comes_back_through_datasets(tmp_path: Path) -> None:
     assert step == {
         "seat": "long", "state": "think", "prefill": "<think>", "text": "<answer> B </answer>", "token_count": 3,
         "finish": "stop", "stop": "</answer>", "token_ids": [5, 6, 7], "log_probabilities": [-0.1, -1e-9, -2.0],
-        "prompt_token_ids": [1, 2], "tokenizer": "abc", "model": "tiny", "version": 4,
+        "prompt_token_ids": [1, 2], "tokenizer": "abc", "model": "tiny", "version": 4, "versions": [4, 4, 5],
     }  # fmt: skip
     assert (second["steps"], second["outcome"], second["error"]) == ([], None, "RuntimeError: no answer")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "episodes.parquet", "run"]

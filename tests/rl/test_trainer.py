@@ -3,6 +3,7 @@
 Run as a script, this file is the process that the tests kill and whose disk they fill: see `Forge`.
 """
 
+import asyncio
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +34,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import turnwise
 from turnwise.agents.scripted import ScriptedAgent
 from turnwise.agents.tiny import LONG, SHORT
+from turnwise.agents.transformers_agent import TransformersEngine
 from turnwise.environments.arithmetic import arithmetic
 from turnwise.environments.environment import Environment, Grade, Grader, Outcome
 from turnwise.environments.episode import Episode
@@ -42,12 +44,13 @@ from turnwise.environments.transcript import Turn
 from turnwise.protocols.gated import Gated
 from turnwise.protocols.long_short import LongShort
 from turnwise.protocols.rewards import Correctness, Reward, RewardSum, Term
+from turnwise.rl.advantage import Sample
 from turnwise.rl.episode_store import read_episodes
 from turnwise.rl.learner import LearnerSettings
 from turnwise.rl.loss import LossSettings
 from turnwise.rl.metrics import read_metrics
 from turnwise.rl.rounds import Round
-from turnwise.rl.trained_policy import EmbeddedPolicy, Policy
+from turnwise.rl.trained_policy import EmbeddedPolicy, Policy, PolicyDiedError, TrainedPolicy
 from turnwise.rl.trainer import Report, Trainer, TrainingSettings, problems_of_step
 
 STEPS = 20
@@ -426,6 +429,48 @@ def test_a_backend_that_writes_its_own_state_goes_on_from_it(tmp_path: Path, who
     assert [path.name for path in (folder / "states").iterdir()] == [f"{STEPS:06}"]
 
 
+class Mortal(EmbeddedPolicy):
+    """Dies in those of all updates that it is told to."""
+
+    updates: ClassVar[int]
+    dies_in: ClassVar[Container[int]]
+
+    async def update(
+        self, samples: Sequence[Sample], *, control_states: Collection[str], seed: int
+    ) -> dict[str, float]:
+        Mortal.updates += 1
+        if Mortal.updates in Mortal.dies_in:
+            raise PolicyDiedError("a rank died")
+        return await super().update(samples, control_states=control_states, seed=seed)
+
+
+def test_where_a_process_dies_all_are_opened_anew_and_the_run_ends_as_if_none_had(
+    tmp_path: Path, whole: Whole, caplog: pytest.LogCaptureFixture
+) -> None:
+    Mortal.updates, Mortal.dies_in = 0, (4, 10, 11, 12)
+    trainer = Trainer(PROTOCOL, POLICIES, TRAIN, TEST, SETTINGS, tmp_path / "run", backend=Mortal)
+    steps = [report.step for report in trainer.train()]
+    # It is saved after each second step, and dies in step 4, in step 8, and then twice in step 7.
+    assert steps == [0, 1, 2, 3, 3, 4, 5, 6, 7, *range(7, STEPS + 1)]
+    assert (
+        caplog.messages
+        == ["a rank died: all policies are opened anew, and the run goes on from its last checkpoint"] * 4
+    )
+    assert fingerprints(trainer) == whole.weights[-1]
+    assert tree(tmp_path / "run") == tree(whole.folder)
+
+
+def test_a_process_that_dies_again_and_again_ends_the_run(tmp_path: Path) -> None:
+    Mortal.updates, Mortal.dies_in = 0, range(2, 100)
+    reports = Trainer(PROTOCOL, POLICIES, TRAIN, TEST, SETTINGS, tmp_path / "run", backend=Mortal).train()
+    assert [next(reports).step, next(reports).step] == [0, 1]
+    with pytest.raises(
+        InputError, match=r"within 3 tries; step 1 was not \(a rank died\): see to what ends the process"
+    ):
+        list(reports)
+    assert Mortal.updates == 5
+
+
 def leave_after(trainer: Trainer, step: int) -> int:
     """Trains up to a step, and says which was the first."""
     reports = trainer.train()
@@ -434,6 +479,75 @@ def leave_after(trainer: Trainer, step: int) -> int:
         steps.append(next(reports).step)
     reports.close()  # type: ignore[attr-defined]
     return steps[0]
+
+
+# Stale episodes
+
+
+class Apart(TrainedPolicy):
+    """Learns in a thread, on a copy of the model that is sampled from."""
+
+    concurrent = True
+
+    def __init__(self, policy: Policy, *, updates: int, temperature: float) -> None:
+        self.learner = EmbeddedPolicy(policy, updates=updates, temperature=temperature)
+        self.engine = TransformersEngine.load(policy.model, dtype=torch.float32)
+
+    async def update(
+        self, samples: Sequence[Sample], *, control_states: Collection[str], seed: int
+    ) -> dict[str, float]:
+        learn = self.learner.update(samples, control_states=control_states, seed=seed)
+        return await asyncio.to_thread(asyncio.run, learn)
+
+    async def publish(self, *, interrupt: bool = False) -> None:
+        await self.learner.publish()
+        self.engine.model.load_state_dict(self.learner.engine.model.state_dict())
+        self.engine.version = self.learner.engine.version
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.learner.save_pretrained(folder)
+
+    def state(self, folder: Path) -> Mapping[str, object]:
+        return self.learner.state(folder)
+
+    def load(self, state: Mapping[str, object], folder: Path) -> None:
+        self.learner.load(state, folder)
+
+
+def test_stale_episodes_are_those_of_each_step_and_not_staler_than_they_may_be(tmp_path: Path) -> None:
+    capped = LearnerSettings(learning_rate=1e-4, loss=LossSettings(importance_cap=2.0))
+    policies = {name: replace(policy, learner=capped) for name, policy in POLICIES.items()}
+    settings = SETTINGS.model_copy(update={"rounds": "long+short", "steps": 6, "staleness": 2, "keep_episodes": 1})
+
+    def build_stale() -> Trainer:
+        return Trainer(PROTOCOL, policies, TRAIN, TEST, settings, tmp_path / "run", backend=Apart)
+
+    leave_after(build_stale(), 3)
+    trainer = build_stale()
+    assert [report.step for report in trainer.train()] == [3, 4, 5, 6], "step 2 was the last that was saved"
+    logged = read_metrics(tmp_path / "run")
+    assert [step["step"] for step in logged] == list(range(7))
+    for name in POLICIES:
+        lags = [step[f"{name}/staleness/most"] for step in logged[1:]]
+        assert max(lags) == 2
+        assert lags[0] == 0, "nothing is older"
+        assert all(step[f"{name}/staleness"] <= lag for step, lag in zip(logged[1:], lags, strict=True))
+        assert trainer.trained[name].engine.version == 6
+    for step in range(1, 7):
+        episodes = list(read_episodes(tmp_path / "run" / "episodes" / f"{step:06}" / "episodes.jsonl"))
+        expected = [problem.id for problem in problems_of_step(TRAIN.problems, 2, step, 0) for _ in range(2)]
+        assert sorted(episode.transcript.problem.id for episode in episodes) == sorted(expected)
+        assert {step.reply.version for e in episodes for step in e.transcript.steps} <= set(range(step))
+
+
+def test_staleness_needs_an_engine_beside_the_learner_and_a_correction(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"policies \['long', 'short'\] have no loss.importance_cap: set it, to 2 say"):
+        build(tmp_path / "run", staleness=1)
+    capped = LearnerSettings(loss=LossSettings(importance_cap=2.0))
+    policies = {name: replace(policy, learner=capped) for name, policy in POLICIES.items()}
+    with pytest.raises(InputError, match="staleness needs engines that sample while the policies learn"):
+        Trainer(PROTOCOL, policies, TRAIN, TEST, SETTINGS.model_copy(update={"staleness": 1}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # Other runs
