@@ -49,6 +49,24 @@ def levels(runs: Mapping[str, Sequence[Episode]], *, title: str = "") -> Table:
     return table
 
 
+def evaluations(logged: Mapping[str, Mapping[str, float]], *, title: str = "") -> Table:
+    """One row an evaluation of a training run, of the figures that were logged with it; AES is against the first."""
+    from turnwise.rl.metrics import SHARE  # torch: only where something was trained
+
+    modes = sorted({name for figures in logged.values() for name in figures if name.startswith(f"evaluation/{SHARE}")})
+    table = Table(title=title, title_justify="left")
+    headings = ["step", "right", "tokens", "turns", *(name.removeprefix(f"evaluation/{SHARE}") for name in modes)]
+    for heading in ["", *headings, "AES"]:
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, figures in logged.items():
+        right, tokens, turns, aes = (figures[f"evaluation/{figure}"] for figure in ("right", "tokens", "turns", "aes"))
+        shares = (f"{figures.get(mode, 0.0):.0%}" for mode in modes)
+        table.add_row(
+            name, f"{figures['step']:g}", f"{right:.1%}", f"{tokens:.1f}", f"{turns:.1f}", *shares, f"{aes:+.2f}"
+        )
+    return table
+
+
 def rounds_played(
     pool: Sequence[Sequence[Summary]], path: Sequence[tuple[int, int]], names: tuple[str, str], base: Summary
 ) -> Table:

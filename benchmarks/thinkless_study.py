@@ -81,7 +81,7 @@ def cell(problems: str, rate: str, gamma: str) -> str:
 def cell_flags(problems: str, rate: str, gamma: str) -> list[str]:
     """Its flags."""
     return [
-        *VARIANTS["GRPO"], "--problem-set", problems, "--learner.learning-rate", rate, "--gamma", gamma,
+        *VARIANTS["GRPO"], "--train", problems, "--test", problems, "--learner.learning-rate", rate, "--gamma", gamma,
         "--training.steps", "60", "--test-problems", "120",
     ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 """One model alone learns to be right and brief: the control that several together are held against.
 
     python examples/train_alone.py
+    turnwise train examples/train_alone.py     # the training alone: by the recipe below, as it would be with one's own
 
 The reward is that of `train_longshort.py` without its format term, the model its long-thought one. Expect its checks to
 go, and some 30% of its tokens.
@@ -8,56 +9,53 @@ go, and some 30% of its tokens.
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import PositiveInt
 from rich.console import Console
 
 from turnwise.agents.tiny import LONG
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
 from turnwise.command import run_configured
-from turnwise.environments.arithmetic import arithmetic
-from turnwise.environments.math_grader import MathGrader
 from turnwise.protocols.lengths import KimiLength
 from turnwise.protocols.rewards import Correctness, RewardSum, Schedule, Weighted
 from turnwise.protocols.solo import Solo
 from turnwise.rl.learner import LearnerSettings
+from turnwise.rl.recipe import RISING, Points, Recipe
 from turnwise.rl.trained_policy import Policy
-from turnwise.rl.trainer import Trainer, TrainingSettings
 from turnwise.show import play_shown, show_results, train_shown
+from turnwise.train import open_trainer
 
 
-class Config(BaseModel):
+class AloneRecipe(Recipe):
     """Trains one long-thought model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     model: str = str(LONG)
-    problem_set: str = "mixed"
-    brevity: tuple[tuple[int, float], ...] = ((0, 0.0), (5, 0.25), (15, 0.5))
+    brevity: Points = RISING
     max_tokens: PositiveInt = 640
-    train_problems: PositiveInt = 6000
-    test_problems: PositiveInt = 400
-    output: Path = Path("runs/train_alone")
-    training: TrainingSettings = TrainingSettings(steps=100)
     learner: LearnerSettings = LearnerSettings(learning_rate=2e-4, schedule="linear")
+    output: Path = Path("runs/train_alone")
+
+    def protocol(self) -> Solo:
+        """It thinks, and answers."""
+        reward = RewardSum((Correctness(), Weighted(KimiLength(), Schedule(self.brevity))), right_beats_wrong=True)
+        return Solo("long", max_tokens=self.max_tokens, answer_after="</think>", reward=reward)
+
+    def policies(self) -> dict[str, Policy]:
+        """The one."""
+        return {"long": Policy(self.model, ("long",), self.learner)}
 
 
-def main(config: Config) -> None:
+def main(recipe: AloneRecipe) -> None:
     """Trains, then plays the result beside what it started from."""
     console = Console()
-    reward = RewardSum((Correctness(), Weighted(KimiLength(), Schedule(config.brevity))), right_beats_wrong=True)
-    protocol = Solo("long", max_tokens=config.max_tokens, answer_after="</think>", reward=reward)
-    with MathGrader() as grader:
-        train = arithmetic(grader, problem_set=config.problem_set, count=config.train_problems, split="train")
-        test = arithmetic(grader, problem_set=config.problem_set, count=config.test_problems)
-        policies = {"long": Policy(config.model, ("long",), config.learner)}
-        trainer = Trainer(protocol, policies, train, test, config.training, config.output)
+    with open_trainer(recipe) as trainer:
         train_shown(trainer, console)
-        temperature = config.training.evaluation_temperature
-        before = {"long": TransformersAgent(TransformersEngine.load(config.model), temperature=temperature)}
+        temperature = recipe.training.evaluation_temperature
+        before = {"long": TransformersAgent(TransformersEngine.load(recipe.model), temperature=temperature)}
         teams = {"trained": trainer.team(temperature), "before": before}
+        test, protocol = trainer.evaluation, recipe.protocol()
         runs = {title: play_shown(title, protocol, team, test, console) for title, team in teams.items()}
-    show_results(runs, test, console, baseline="before", results=config.output / "results.json")
+    show_results(runs, test, console, baseline="before", results=recipe.output / "results.json")
 
 
 if __name__ == "__main__":
-    run_configured(main, Config)
+    run_configured(main, AloneRecipe)

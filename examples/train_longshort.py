@@ -11,74 +11,34 @@ of 8 instead of 2, advantages centred for each seat and not divided by their dev
 as much, and a right answer is always paid more than a wrong one.
 """
 
-from pathlib import Path
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, PositiveInt
 from rich.console import Console
 
-from turnwise.agents.tiny import LONG, SHORT
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
 from turnwise.analysis.control import for_same_tokens
 from turnwise.command import run_configured
-from turnwise.environments.arithmetic import arithmetic
-from turnwise.environments.math_grader import MathGrader
-from turnwise.protocols.lengths import AroraZanetteLength, KimiLength
-from turnwise.protocols.long_short import TAGS, LongShort
-from turnwise.protocols.rewards import Correctness, Format, RewardSum, Schedule, Weighted
 from turnwise.protocols.solo import Solo
-from turnwise.rl.learner import LearnerSettings
 from turnwise.rl.opponent_pool import cells_played, opponent_pool
+from turnwise.rl.recipe import LongShortRecipe
 from turnwise.rl.summary import summarise
-from turnwise.rl.trained_policy import Policy
-from turnwise.rl.trainer import Trainer, TrainingSettings
 from turnwise.show import play_shown, show_pool, show_results, train_shown
-
-LENGTHS = {"kimi": KimiLength(), "arora-zanette": AroraZanetteLength()}
-
-
-class Config(BaseModel):
-    """Trains a long-thought and a short-thought model together."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    long: str = str(LONG)
-    short: str = str(SHORT)
-    problem_set: str = "mixed"
-    brevity: tuple[tuple[int, float], ...] = ((0, 0.0), (5, 0.25), (15, 0.5))
-    length: Literal["kimi", "arora-zanette"] = "kimi"
-    max_tokens: PositiveInt = 160
-    train_problems: PositiveInt = 6000
-    test_problems: PositiveInt = 400
-    output: Path = Path("runs/train_longshort")
-    training: TrainingSettings = TrainingSettings(rounds="long long short long short long", steps=30)
-    learner: LearnerSettings = LearnerSettings(learning_rate=2e-4, schedule="linear")
+from turnwise.train import open_trainer
 
 
-def main(config: Config) -> None:
+def main(recipe: LongShortRecipe) -> None:
     """Trains, then plays the result beside what it started from and each model alone."""
     console = Console()
-    brevity = Weighted(LENGTHS[config.length], Schedule(config.brevity))
-    reward = RewardSum((Correctness(), Format(TAGS), brevity), right_beats_wrong=True)
-    protocol = LongShort(long_tokens=config.max_tokens, short_tokens=config.max_tokens, reward=reward)
-    with MathGrader() as grader:
-        train = arithmetic(grader, problem_set=config.problem_set, count=config.train_problems, split="train")
-        test = arithmetic(grader, problem_set=config.problem_set, count=config.test_problems)
-        models = {"long": config.long, "short": config.short}
-        policies = {name: Policy(model, (name,), config.learner) for name, model in models.items()}
-        trainer = Trainer(protocol, policies, train, test, config.training, config.output)
+    with open_trainer(recipe) as trainer:
         train_shown(trainer, console)
-
-        temperature = config.training.evaluation_temperature
+        protocol, test, temperature = trainer.protocol, trainer.evaluation, recipe.training.evaluation_temperature
         before = {
-            name: TransformersAgent(TransformersEngine.load(model), temperature=temperature)
-            for name, model in models.items()
+            name: TransformersAgent(TransformersEngine.load(policy.model), temperature=temperature)
+            for name, policy in trainer.policies.items()
         }
         played = {
             "trained": (protocol, trainer.team(temperature), 1),
             "before": (protocol, before, 1),
             "long alone": (Solo("long", max_tokens=1024, answer_after="</think>"), before, 1),
-            "short alone": (Solo("short", max_tokens=config.max_tokens, stops=("</answer>",)), before, 8),
+            "short alone": (Solo("short", max_tokens=recipe.short_tokens, stops=("</answer>",)), before, 8),
         }
         runs = {
             title: play_shown(title, played_by, team, test, console, samples=samples)
@@ -87,9 +47,9 @@ def main(config: Config) -> None:
         pool = opponent_pool(trainer, "long", "short")
     controls = for_same_tokens(runs, "trained", thorough="long alone", brief="short alone")
     rounds = cells_played(trainer.rounds, "long", "short")
-    show_pool(pool, rounds, ("long", "short"), summarise(runs["long alone"]), console, folder=config.output)
-    show_results(runs, test, console, baseline="long alone", controls=controls, results=config.output / "results.json")
+    show_pool(pool, rounds, ("long", "short"), summarise(runs["long alone"]), console, folder=recipe.output)
+    show_results(runs, test, console, baseline="long alone", controls=controls, results=recipe.output / "results.json")
 
 
 if __name__ == "__main__":
-    run_configured(main, Config)
+    run_configured(main, LongShortRecipe)

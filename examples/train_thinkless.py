@@ -12,61 +12,29 @@ mean-centred` shows it); and α is 0.1 instead of 0.001, since training is a hun
 0.2, to which the authors' own rerun came down: at 0.5 a short answer that is right in 9 of 10 cases would do.
 """
 
-from pathlib import Path
-
-from pydantic import BaseModel, ConfigDict, PositiveInt
 from rich.console import Console
 
-from turnwise.agents.tiny import ROUTER
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
 from turnwise.analysis.control import for_same_tokens
 from turnwise.command import run_configured
-from turnwise.environments.arithmetic import arithmetic
-from turnwise.environments.math_grader import MathGrader
-from turnwise.protocols.rewards import RewardSum, ThinklessTable
 from turnwise.protocols.thinkless import Thinkless
-from turnwise.rl.learner import LearnerSettings
-from turnwise.rl.loss import LossSettings
-from turnwise.rl.trained_policy import Policy
-from turnwise.rl.trainer import Trainer, TrainingSettings
+from turnwise.rl.recipe import ThinklessRecipe
 from turnwise.show import play_shown, show_results, train_shown
+from turnwise.train import open_trainer
 
 
-class Config(BaseModel):
-    """Trains a self-routing model by reinforcement."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str = str(ROUTER)
-    problem_set: str = "mixed"
-    gamma: float = 0.2
-    short_tokens: PositiveInt = 20
-    think_tokens: PositiveInt = 400
-    train_problems: PositiveInt = 6000
-    test_problems: PositiveInt = 400
-    output: Path = Path("runs/train_thinkless")
-    training: TrainingSettings = TrainingSettings(steps=120, problems=16, estimator="grpo")
-    learner: LearnerSettings = LearnerSettings(
-        learning_rate=2e-4, schedule="linear", loss=LossSettings(aggregation="degrpo", alpha=0.1)
-    )
-
-
-def main(config: Config) -> None:
+def main(recipe: ThinklessRecipe) -> None:
     """Trains, then plays the result beside what it started from and both modes by force."""
-    console, reward = Console(), RewardSum((ThinklessTable(gamma=config.gamma),))
-    budgets = {"short_tokens": config.short_tokens, "think_tokens": config.think_tokens}
-    protocol = Thinkless(reward=reward, **budgets)
-    with MathGrader() as grader:
-        train = arithmetic(grader, problem_set=config.problem_set, count=config.train_problems, split="train")
-        test = arithmetic(grader, problem_set=config.problem_set, count=config.test_problems)
-        policies = {"solver": Policy(config.model, ("solver",), config.learner)}
-        trainer = Trainer(protocol, policies, train, test, config.training, config.output)
+    console = Console()
+    with open_trainer(recipe) as trainer:
         train_shown(trainer, console)
-
-        temperature = config.training.evaluation_temperature
+        protocol, test, temperature = trainer.protocol, trainer.evaluation, recipe.training.evaluation_temperature
         trained = trainer.team(temperature)["solver"]
-        before = TransformersAgent(TransformersEngine.load(config.model), temperature=temperature)
-        think, short = (Thinkless(mode=mode, **budgets) for mode in ("think", "short"))
+        before = TransformersAgent(TransformersEngine.load(recipe.model), temperature=temperature)
+        think, short = (
+            Thinkless(mode=mode, short_tokens=recipe.short_tokens, think_tokens=recipe.think_tokens)
+            for mode in ("think", "short")
+        )
         played = {
             "trained": (protocol, trained, 1),
             "before": (protocol, before, 1),
@@ -81,9 +49,9 @@ def main(config: Config) -> None:
         }
     controls = for_same_tokens(runs, "trained", thorough="always think", brief="never think")
     show_results(
-        runs, test, console, baseline="always think", controls=controls, results=config.output / "results.json"
+        runs, test, console, baseline="always think", controls=controls, results=recipe.output / "results.json"
     )
 
 
 if __name__ == "__main__":
-    run_configured(main, Config)
+    run_configured(main, ThinklessRecipe)

@@ -75,7 +75,7 @@ def test_train_alone_and_what_is_done_is_not_done_again(tmp_path: Path) -> None:
 
 
 def test_train_longshort(tmp_path: Path) -> None:
-    rounds = ("--training.rounds", "long short", "--training.steps", "1", "--max-tokens", "40")
+    rounds = ("--training.rounds", "long short", "--training.steps", "1", "--long-tokens", "40")
     printed, results = trained("train_longshort.py", tmp_path / "run", *rounds)
     assert list(results["runs"]) == ["trained", "before", "long alone", "short alone"]
     assert results["runs"]["short alone"]["episodes"] == 48

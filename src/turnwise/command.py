@@ -41,8 +41,11 @@ def run_configured(main: Callable[[C], None], config: type[C]) -> None:
     run_app(configured)
 
 
-def read_config(config: type[C], arguments: list[str]) -> C:
-    """The config that a command line asks for. Raises InputError for a file or a setting that it cannot use."""
+def read_config(config: type[C], arguments: list[str], *, program: str | None = None) -> C:
+    """The config that a command line asks for. Raises InputError for a file or a setting that it cannot use.
+
+    `program` is what `--help` calls the command, by default the script's name.
+    """
     # argparse's heavy sister: only where a config is read
     from pydantic_settings import BaseSettings, CliApp, InitSettingsSource, SettingsConfigDict, SettingsError
 
@@ -64,6 +67,7 @@ def read_config(config: type[C], arguments: list[str]) -> C:
         model_config = SettingsConfigDict(
             nested_model_default_partial_update=True, case_sensitive=True, cli_hide_none_type=True,
             cli_avoid_json=True, cli_implicit_flags=True, cli_kebab_case=True, cli_exit_on_error=False,
+            cli_prog_name=program,
         )  # fmt: skip
 
         @classmethod

@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from turnwise.analysis.control import Control
-from turnwise.analysis.tables import comparison, equal_tokens, levels, rounds_played
-from turnwise.environments.arithmetic import PROBLEM_SETS, arithmetic
+from turnwise.analysis.tables import comparison, equal_tokens, evaluations, levels, rounds_played
+from turnwise.environments.arithmetic import PROBLEM_SETS, Split, arithmetic
 from turnwise.environments.environment import Environment, Grader
 from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
@@ -35,15 +35,17 @@ if TYPE_CHECKING:
 SEAT_STYLES = ("cyan", "yellow", "green", "magenta", "blue")
 
 
-def open_environment(problems: str, grader: Grader, *, number: int, seed: int) -> Environment:
+def open_environment(problems: str, grader: Grader, *, number: int, seed: int, split: Split = "test") -> Environment:
     """An arithmetic problem set, a benchmark by its name, or a local JSONL, JSON or Parquet file.
+
+    `split` is which part of an arithmetic set; a benchmark or a file is whatever it is.
 
     Raises InputError for anything else, for a file that cannot be read, and for a number below 1.
     """
     if number < 1:
         raise InputError(f"the number of problems must be at least 1; got {number}")
     if problems in PROBLEM_SETS:
-        return arithmetic(grader, problem_set=problems, count=number, seed=seed)
+        return arithmetic(grader, problem_set=problems, count=number, split=split, seed=seed)
     from turnwise.environments.benchmarks import BENCHMARKS, load_benchmark  # datasets: only if needed
 
     if problems in BENCHMARKS:
@@ -207,6 +209,17 @@ def train_shown(trainer: "Trainer", console: Console) -> None:
                 shares = (f" {mode} {share:.0%}" for mode, share in report.modes.items())
                 progress.update(task, description=f"{who}: {came_to}{''.join(shares)}")
             progress.update(task, completed=report.step)
+
+
+def show_trained(trainer: "Trainer", console: Console) -> None:
+    """Prints what the policies came to, of the evaluations that a run has logged, and where they are."""
+    from turnwise.rl.metrics import read_metrics  # torch: only where it is needed
+
+    evaluated = [figures for figures in read_metrics(trainer.folder) if "evaluation/right" in figures]
+    best = max(evaluated, key=lambda figures: figures["evaluation/aes"])
+    console.print(evaluations({"before": evaluated[0], "best": best, "after": evaluated[-1]}))
+    console.print(f"The policies of the best evaluation are in {trainer.folder / 'best'}, of each round in ", end="")
+    console.print(f"{trainer.folder / 'policies'}; all figures in {trainer.folder / 'metrics.jsonl'}.")
 
 
 @contextmanager

@@ -1,0 +1,119 @@
+"""Runs recipes: which one a command means, where its policies are trained, and on which problems."""
+
+import inspect
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+from turnwise.environments.errors import InputError
+from turnwise.environments.math_grader import MathGrader
+from turnwise.rl.recipe import LongShortRecipe, Recipe, ThinklessRecipe
+from turnwise.rl.trained_policy import Backend, EmbeddedPolicy, Policy, TrainedPolicy
+from turnwise.rl.trainer import Trainer
+from turnwise.show import open_environment
+
+RECIPES: dict[str, type[Recipe]] = {"longshort": LongShortRecipe, "thinkless": ThinklessRecipe}
+
+
+def recipe_called(name: str) -> type[Recipe]:
+    """A recipe of turnwise by its name, or that of a Python file: FILE.py, or FILE.py:NAME where it has several.
+
+    The file runs as a script would, with its own folder in the path. Raises InputError where there is no such recipe.
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    path, _, wanted = name.partition(":")
+    file = Path(path)
+    if file.suffix != ".py":
+        raise InputError(f"a recipe is one of {', '.join(RECIPES)}, or a Python file that has one; got {name!r}")
+    spec = spec_from_file_location(f"recipe of {file}", file) if file.is_file() else None
+    if spec is None or spec.loader is None:
+        raise InputError(f"no file {file}; name a Python file that has a recipe, or one of {', '.join(RECIPES)}")
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    sys.path.insert(0, str(file.resolve().parent))
+    spec.loader.exec_module(module)
+    found = {
+        own: value
+        for own, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, Recipe) and value.__module__ == spec.name
+    }
+    if wanted and wanted in found:
+        return found[wanted]
+    if wanted or len(found) != 1:
+        raise InputError(
+            f"{file} must define one subclass of turnwise.rl.recipe.Recipe, or the command name one of several by "
+            f"{file}:NAME; it defines {', '.join(found) or 'none'}{f', not {wanted}' if wanted else ''}"
+        )
+    (only,) = found.values()
+    return only
+
+
+@contextmanager
+def open_trainer(recipe: Recipe) -> Iterator[Trainer]:
+    """The trainer of a recipe, whose policies and grader live until the end of the `with`."""
+    with MathGrader() as grader, open_backend(recipe) as backend:
+        train = open_environment(recipe.train, grader, number=recipe.train_problems, seed=0, split="train")
+        test = open_environment(recipe.test, grader, number=recipe.test_problems, seed=0)
+        yield Trainer(
+            recipe.protocol(), recipe.policies(), train, test, recipe.training, recipe.output,
+            partners=recipe.partners(), backend=backend,
+        )  # fmt: skip
+
+
+@contextmanager
+def open_backend(recipe: Recipe) -> Iterator[Backend]:
+    """Where a recipe's policies are trained. What was started for them ends with the `with`."""
+    if recipe.backend == "embedded":
+        yield partial(EmbeddedPolicy, device=recipe.device)
+        return
+    address = recipe.ray_address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        # Read as Ray is imported: on one machine it then listens on the loopback device alone.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    try:
+        import ray
+
+        from turnwise.rl.openrlhf.policy import OpenRLHFBackend, OpenRLHFPolicy
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"the backend openrlhf needs OpenRLHF, and {error.name} is not installed: pip install "
+            "'openrlhf[vllm]==0.11.2' where there are GPUs, else make openrlhf and .venv-openrlhf/bin/turnwise"
+        ) from None
+    opened = list[OpenRLHFPolicy]()
+    on_openrlhf = OpenRLHFBackend(recipe.openrlhf)
+
+    def open_policy(policy: Policy, *, updates: int, temperature: float) -> TrainedPolicy:
+        opened.append(on_openrlhf(policy, updates=updates, temperature=temperature))
+        return opened[-1]
+
+    started = not ray.is_initialized()
+    if started:
+        _connect(address)
+    try:
+        yield open_policy
+    finally:
+        for trained in opened:
+            trained.close()
+        if started:
+            ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    """Connects to the cluster at an address, or starts a Ray that ends with this process."""
+    import ray
+
+    if address is None:
+        ray.init("local", include_dashboard=False, log_to_driver=False)
+        return
+    try:
+        ray.init(address, log_to_driver=False)
+    except (ConnectionError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"no Ray at {address}: {reason}; start one there by ray start --head, or leave the address out to have one "
+            "started here"
+        ) from None
