@@ -19,6 +19,7 @@ if torch.cuda.is_available():
     pytest.skip("its actors and its learner are to be on the CPU", allow_module_level=True)
 
 import ray
+from ray.actor import ActorHandle
 
 from turnwise.agents.contract import CHECKS, Check, Subject, question
 from turnwise.agents.engine import Engine, EngineAgent
@@ -32,8 +33,10 @@ from turnwise.environments.transcript import Reply
 from turnwise.protocols.long_short import LongShort
 from turnwise.rl.advantage import Sample
 from turnwise.rl.learner import LearnerSettings
+from turnwise.rl.openrlhf.homes import BLOCK, Homes
 from turnwise.rl.openrlhf.learner import OpenRLHFLearner
-from turnwise.rl.openrlhf.rollout_engine import BLOCK, EngineDiedError, Homes, RolloutEngine
+from turnwise.rl.openrlhf.rollout_engine import LIVES, RolloutEngine
+from turnwise.rl.openrlhf.sampling_actor import EngineDiedError
 from turnwise.rl.openrlhf.settings import OpenRLHFSettings
 from turnwise.rl.openrlhf.vllm_without_cuda import group_of_processes
 from turnwise.rl.rollout import play
@@ -90,7 +93,7 @@ def tied(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def changing(tied: Path) -> Iterator[RolloutEngine]:
     """Each test sends it weights of its own first."""
-    with start(tied) as engine:
+    with start(tied, interruptible=True) as engine:
         yield engine
 
 
@@ -212,7 +215,7 @@ def test_a_dialogue_goes_on_where_its_past_is_cached(long: RolloutEngine) -> Non
     opening, read, reused = [30] * 2 * BLOCK, long.prompt_tokens, long.prefix_tokens_reused
 
     def of_each() -> list[int]:
-        return ray.get([actor.__ray_call__.remote(lambda self: self._engine.prompt_tokens) for actor in long.actors])
+        return ray.get([actor.__ray_call__.remote(lambda self: self.engine.prompt_tokens) for actor in long.actors])
 
     async def dialogue(number: int) -> int:
         """How many of its later turns' tokens lie in blocks of its own past."""
@@ -389,12 +392,18 @@ def test_an_update_that_interrupts_leaves_nothing_of_the_old_weights(changing: R
 
     replies = asyncio.run(run())
     assert {reply.version for reply in replies} == {5}
-    expected = Subject(lambda *_: None, transformers(tied, before_tying(new)).model, changing.tokenizer, 1024)  # type: ignore[arg-type, return-value]
+    models = {version: transformers(tied, before_tying(weights)).model for version, weights in ((5, old), (6, new))}
     for reply in replies:
-        apart = expected.log_probabilities(reply, 0).gather(-1, torch.tensor(reply.token_ids)[:, None])[:, 0]
-        off = (apart - torch.tensor(reply.log_probabilities)).abs()
-        assert off[:5].max() > 1e-3  # said with the old weights
-        assert off[-400:].max() < 1e-3
+        # Each token is of the weights of its version, and not of the others.
+        assert sorted(set(reply.versions)) == [5, 6]
+        assert list(reply.versions) == sorted(reply.versions)
+        for version, model in models.items():
+            subject = Subject(lambda *_: None, model, changing.tokenizer, 1024)  # type: ignore[arg-type, return-value]
+            apart = subject.log_probabilities(reply, 0).gather(-1, torch.tensor(reply.token_ids)[:, None])[:, 0]
+            off = (apart - torch.tensor(reply.log_probabilities)).abs()
+            of_it = torch.tensor(reply.versions) == version
+            assert off[of_it].max() < 1e-3
+            assert off[~of_it].max() > 1e-2
     assert_serves(changing, tied, before_tying(new))
     # What those replies have said is no more in the cache than what was asked before them.
     again = asyncio.run(both_after(changing, replies))
@@ -484,6 +493,60 @@ def test_an_actor_that_died_is_named_and_the_others_go_on_until_it_is_restarted(
         asyncio.run(greedy(changing))
     asyncio.run(changing.update(lambda: send(changing, weights)))
     assert_serves(changing, tied, before_tying(weights))
+
+
+class Source:
+    """Sends an engine always the same weights."""
+
+    version = 9
+
+    def __init__(self, engine: RolloutEngine, weights: Mapping[str, torch.Tensor]) -> None:
+        self._engine, self._weights = engine, weights
+        self.known: list[int] = []
+
+    def connect(self, actors: Sequence[ActorHandle]) -> None:
+        self.known.append(len(set(actors)))
+
+    def broadcast(self) -> None:
+        send(self._engine, self._weights)
+
+
+def test_with_a_source_of_weights_no_turn_is_lost(changing: RolloutEngine, tied: Path) -> None:
+    weights = variant(tied, 6)
+    changing.source = source = Source(changing, weights)
+
+    async def run(pids: Sequence[int]) -> list[Reply]:
+        running = [endless(changing, number) for number in range(2)]
+        await until(changing, 2)
+        for pid in pids:
+            os.kill(pid, 9)
+        return [await turn for turn in running]
+
+    def processes() -> list[int]:
+        return ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in changing.actors])
+
+    expected = asyncio.run(both(transformers(tied, before_tying(weights))))
+    asyncio.run(changing.update(source.broadcast, version=9))
+    assert_alike(asyncio.run(run(processes()[:1])), expected)
+    assert source.known == [], "the other has answered in its place"
+    asyncio.run(changing.forget())
+    assert source.known == [2]
+    assert_alike(asyncio.run(run(processes())), expected)
+    assert source.known == [2, 2]
+    assert_serves(changing, tied, before_tying(weights))
+    assert changing.version == 9
+
+
+def test_an_engine_that_dies_again_and_again_ends_the_run(changing: RolloutEngine, tied: Path) -> None:
+    changing.source, changing._deaths = Source(changing, variant(tied, 6)), LIVES
+    for actor in changing.actors:
+        ray.kill(actor)
+    with pytest.raises(InputError, match=r"that of .* died 4 times in a row \(.*\): give it fewer turns at once"):
+        asyncio.run(greedy(changing))
+    changing._deaths, changing.source = 0, None
+    asyncio.run(changing.restart())
+    asyncio.run(changing.update(lambda: send(changing, variant(tied, 6))))
+    assert_serves(changing, tied, before_tying(variant(tied, 6)))
 
 
 def test_closing_ends_all_processes_and_fails_what_runs(cluster: None) -> None:

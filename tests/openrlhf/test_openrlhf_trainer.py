@@ -1,0 +1,228 @@
+"""The trainer on OpenRLHF: two policies, one protocol, all arrangements; what dies is replaced, what stops goes on."""
+
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from turnwise.agents.tiny import LONG, ROUTER, SHORT
+from turnwise.analysis.audit import audit
+from turnwise.environments.arithmetic import arithmetic
+from turnwise.environments.errors import InputError
+from turnwise.environments.math_grader import MathGrader
+from turnwise.protocols.long_short import LongShort
+from turnwise.protocols.thinkless import Thinkless
+from turnwise.rl.episode_store import read_episodes
+from turnwise.rl.learner import LearnerSettings
+from turnwise.rl.loss import LossSettings
+from turnwise.rl.metrics import read_metrics
+from turnwise.rl.trained_policy import Policy
+from turnwise.rl.trainer import Trainer, TrainingSettings
+
+pytest.importorskip("deepspeed", reason="needs OpenRLHF: make openrlhf")
+
+import ray
+from ray.cluster_utils import Cluster
+
+from turnwise.agents.transformers_engine import load_tokenizer
+from turnwise.rl.openrlhf.policy import OpenRLHFBackend, OpenRLHFPolicy
+from turnwise.rl.openrlhf.settings import OpenRLHFSettings
+
+# What Ray says when it starts, and the files and processes that it leaves to the garbage collector when it ends; and
+# what vLLM imports of torch.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Tip. In future versions of Ray:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:(unclosed file.*/dev/null|subprocess \\d+ is still running):ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
+
+# The workers of Ray have the functions below by value: they cannot import a test.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+MODELS = {"long": LONG, "short": SHORT}
+ON_CPU = OpenRLHFSettings(gpus_per_rank=0, precision="fp32", gpus_per_actor=0, cache_gigabytes=0.2)
+BY_TRANSFORMERS = ON_CPU.model_copy(update={"engine": "transformers"})
+LEARNER = LearnerSettings(learning_rate=1e-4, loss=LossSettings(importance_cap=2.0))
+SETTINGS = TrainingSettings(
+    rounds="long+short", steps=3, problems=4, samples=4, evaluate_every=3, checkpoint_every=1, keep_episodes=1
+)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Two nodes, as Ray has it."""
+    node = {"num_cpus": 4, "num_gpus": 0, "object_store_memory": 100_000_000}
+    nodes = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    nodes.add_node(**node)
+    ray.init(address=nodes.address, log_to_driver=False)
+    yield
+    ray.shutdown()
+    nodes.shutdown()
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[MathGrader]:
+    with MathGrader() as opened:
+        yield opened
+
+
+def long_short(folder: Path, grader: MathGrader, openrlhf: OpenRLHFSettings = ON_CPU, **changes: object) -> Trainer:
+    """Two policies."""
+    settings = SETTINGS.model_copy(update=changes)
+    return Trainer(
+        LongShort(long_tokens=120, short_tokens=40),
+        {seat: Policy(model, (seat,), LEARNER) for seat, model in MODELS.items()},
+        arithmetic(grader, problem_set="mixed", count=12, seed=1),
+        arithmetic(grader, problem_set="mixed", count=6, seed=2),
+        settings,
+        folder,
+        backend=OpenRLHFBackend(openrlhf, interrupts=settings.staleness > 0),
+    )
+
+
+def thinkless(folder: Path, grader: MathGrader, openrlhf: OpenRLHFSettings, **changes: object) -> Trainer:
+    """One policy."""
+    return Trainer(
+        Thinkless(short_tokens=20, think_tokens=200),
+        {"solver": Policy(ROUTER, ("solver",), LEARNER)},
+        arithmetic(grader, problem_set="easy", count=12, seed=1),
+        arithmetic(grader, problem_set="easy", count=6, seed=2),
+        SETTINGS.model_copy(update={"rounds": "solver", **changes}),
+        folder,
+        backend=OpenRLHFBackend(openrlhf),
+    )
+
+
+def of(trainer: Trainer, name: str) -> OpenRLHFPolicy:
+    trained = trainer.trained[name]
+    assert isinstance(trained, OpenRLHFPolicy)
+    return trained
+
+
+def assert_sound(folder: Path, steps: int, *, tokenizer: Path) -> None:
+    """Each step was logged once, and has all of its episodes, each once, by the audit."""
+    assert [figures["step"] for figures in read_metrics(folder)] == list(range(steps + 1))
+    stores = sorted((folder / "episodes").glob("*"))
+    assert [store.name for store in stores] == [f"{step:06}" for step in range(1, steps + 1)]
+    for store in stores:
+        found = audit(read_episodes(store / "episodes.jsonl"), load_tokenizer(tokenizer))
+        assert (found.episodes, found.failed_episodes, found.faults) == (16, 0, ())
+
+
+def assert_engines_sample_from_what_was_learnt(folder: Path, names: list[str]) -> None:
+    for figures in read_metrics(folder)[1:]:
+        for name in names:
+            assert figures[f"{name}/engine_mismatch"] < 1e-4
+            assert figures[f"{name}/trained_tokens"] > 0
+
+
+def test_two_policies_learn_are_stopped_and_go_on(cluster: None, grader: MathGrader, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with long_short(folder, grader) as trainer:
+        reports = trainer.train()
+        first = [next(reports).step for _ in range(3)]  # the first evaluation, and two steps
+        reports.close()  # type: ignore[attr-defined]
+    with long_short(folder, grader) as trainer:
+        assert first + [report.step for report in trainer.train()] == [0, 1, 2, 3]
+        assert {name: trained.engine.version for name, trained in trainer.trained.items()} == {"long": 3, "short": 3}
+    assert_engines_sample_from_what_was_learnt(folder, ["long", "short"])
+    assert_sound(folder, 3, tokenizer=LONG)
+    for name, model in MODELS.items():
+        before, after = (load_file(path / "model.safetensors") for path in (model, folder / "policies" / name / "r1"))
+        assert any(not torch.equal(before[key].float(), after[key].float()) for key in before)
+
+
+def test_episodes_go_on_over_the_updates(cluster: None, grader: MathGrader, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with long_short(folder, grader, staleness=1) as trainer:
+        assert [report.step for report in trainer.train()] == [0, 1, 2, 3]
+    assert_sound(folder, 3, tokenizer=LONG)
+    logged = read_metrics(folder)[1:]
+    assert [figures["long/staleness/most"] for figures in logged] == [0, 1, 1]
+    stores = (folder / "episodes" / f"{step:06}" / "episodes.jsonl" for step in (2, 3))
+    replies = [s.reply for store in stores for episode in read_episodes(store) for s in episode.transcript.steps]
+    assert any(reply.versions for reply in replies), "no reply went on over an update"
+
+
+@pytest.mark.parametrize("arrangement", ["colocated", "transformers"])
+def test_one_policy_in_other_arrangements(cluster: None, grader: MathGrader, tmp_path: Path, arrangement: str) -> None:
+    """Both sleeping in turns, with two ranks and two engines, and without vLLM."""
+    folder = tmp_path / "run"
+    changes = {"colocated": True, "ranks": 2, "actors": 2} if arrangement == "colocated" else {"engine": "transformers"}
+    with thinkless(folder, grader, ON_CPU.model_copy(update=changes), steps=2) as trainer:
+        assert [report.step for report in trainer.train()] == [0, 1, 2]
+    assert_engines_sample_from_what_was_learnt(folder, ["solver"])
+    assert_sound(folder, 2, tokenizer=ROUTER)
+
+
+# Faults
+
+
+def kill_while_it_answers(policy: OpenRLHFPolicy, pid: int) -> threading.Thread:
+    """Kills a process of an engine as soon as turns wait for its answers."""
+
+    def kill() -> None:
+        while not policy.engine.waits_for():
+            time.sleep(0.002)
+        os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
+def test_what_dies_is_replaced_and_no_episode_is_lost(
+    cluster: None, grader: MathGrader, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """First an engine, while it samples; then a rank, which takes all policies back to the last checkpoint."""
+    folder = tmp_path / "run"
+    with long_short(folder, grader) as trainer:
+        reports = trainer.train()
+        assert next(reports).step == 0
+        (engine,) = ray.get([actor.__ray_call__.remote(_pid) for actor in of(trainer, "long").engine.actors])
+        killer = kill_while_it_answers(of(trainer, "long"), engine)
+        assert next(reports).step == 1
+        killer.join()
+        assert caplog.messages == []
+        rank = of(trainer, "short")._learner._policy._actor_handlers[0]
+        os.kill(ray.get(rank.__ray_call__.remote(_pid)), signal.SIGKILL)
+        assert [report.step for report in reports] == [2, 3]
+    (told,) = caplog.messages
+    assert told.startswith(f"a rank that trains {SHORT} died in ")
+    assert told.endswith("all policies are opened anew, and the run goes on from its last checkpoint")
+    assert_engines_sample_from_what_was_learnt(folder, ["long", "short"])
+    assert_sound(folder, 3, tokenizer=LONG)
+
+
+def _pid(_: object) -> int:
+    return os.getpid()
+
+
+def _fill_the_disk(_: object) -> None:
+    """From now on the process can write no file of more than 100 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_costs_what_came_after_the_last_checkpoint(
+    cluster: None, grader: MathGrader, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with thinkless(folder, grader, BY_TRANSFORMERS) as trainer:
+        reports = trainer.train()
+        assert [next(reports).step for _ in range(2)] == [0, 1]
+        (rank,) = of(trainer, "solver")._learner._policy._actor_handlers
+        ray.get(rank.__ray_call__.remote(_fill_the_disk))
+        with pytest.raises(InputError, match=r"^cannot write .*checkpoint\.pt: .*; make room and run the same") as told:
+            next(reports)
+        assert "\n" not in str(told.value)
+    with thinkless(folder, grader, BY_TRANSFORMERS) as trainer:
+        assert [report.step for report in trainer.train()] == [2, 3]
+    assert_sound(folder, 3, tokenizer=ROUTER)
