@@ -7,7 +7,9 @@ import torch
 if not torch.cuda.is_available():
     import turnwise.rl.openrlhf.without_cuda
 if find_spec("flash_attn") is None:
-    import turnwise.rl.openrlhf.without_flash_attention  # noqa: F401
+    import turnwise.rl.openrlhf.without_flash_attention
+if find_spec("vllm") is None:
+    import turnwise.rl.openrlhf.without_vllm  # noqa: F401
 
 import openrlhf.utils.utils
 from openrlhf.models import Actor

@@ -25,27 +25,19 @@ def reserve(*shares: Share) -> tuple[PlacementGroup, Callable[[], None]]:
 
     Raises InputError where Ray is not running or has too little, in all or left.
     """
-    for kind, count, gpus in shares:
-        if count < 1 or not 0 <= gpus <= 1:
-            raise InputError(
-                f"{kind}s must be at least 1 and gpus_per_{kind} within [0, 1]; got {kind}s={count}, "
-                f"gpus_per_{kind}={gpus}"
-            )
     if not ray.is_initialized():
         raise InputError("OpenRLHF needs Ray, which is not running: call ray.init() first")
     count, gpus = shares[0].processes, sum(share.gpus for share in shares)
     bundle = {"CPU": float(len(shares))} | ({"GPU": gpus} if gpus else {})
     there = ray.cluster_resources()
     told = " and ".join(f"{share.processes} {share.kind}(s)" for share in shares)
-    fewer, kinds = (
-        " and ".join(f"{share.kind}s" for share in shares),
-        " and ".join(f"gpus_per_{share.kind}" for share in shares),
-    )
+    fewer = " and ".join(f"{share.kind}s" for share in shares)
+    parts = " and ".join(f"gpus_per_{share.kind}" for share in shares)
     for name, amount in bundle.items():
         if count * amount > there.get(name, 0.0):
             raise InputError(
                 f"{told} need {count * amount:g} {name}(s), and Ray has {there.get(name, 0.0):g}: ask for fewer "
-                f"{fewer}, or set {kinds}"
+                f"{fewer}, or set {parts}"
             )
     place = placement_group([bundle] * count, strategy="PACK")
     if not place.wait(timeout_seconds=PLACED_WITHIN):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-import torch
 from ray.actor import ActorHandle
 
 from turnwise.environments.errors import InputError
@@ -130,19 +129,7 @@ class OpenRLHFBackend:
                     Share("actor", settings.actors, settings.gpus_per_actor),
                 )
                 on_failure.callback(release)
-            engine = RolloutEngine.start(
-                model,
-                engine=settings.engine,
-                actors=settings.actors,
-                gpus_per_actor=settings.gpus_per_actor,
-                cache_gigabytes=settings.cache_gigabytes,
-                context=settings.context,
-                dtype=torch.float32 if settings.precision == "fp32" else torch.bfloat16,
-                max_running=settings.max_running,
-                interruptible=self.interrupts,
-                sleeps=settings.colocated,
-                place=place,
-            )
+            engine = RolloutEngine.start(model, settings, interruptible=self.interrupts, place=place)
             on_failure.callback(engine.close)
             if settings.colocated:
                 ray.get([actor.sleep.remote() for actor in engine.actors])

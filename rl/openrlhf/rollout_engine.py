@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import ray
-import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
@@ -24,7 +23,7 @@ from turnwise.environments.transcript import Reply
 from turnwise.rl.openrlhf.homes import BLOCK, Homes
 from turnwise.rl.openrlhf.placement import Share, reserve
 from turnwise.rl.openrlhf.sampling_actor import EngineDiedError, Sampled, Served
-from turnwise.rl.openrlhf.settings import EngineName
+from turnwise.rl.openrlhf.settings import OpenRLHFSettings
 
 ENDS_WITHIN = 30.0  # seconds
 # So many times in a row, without a reply in between, an engine is brought back to life.
@@ -81,65 +80,54 @@ class RolloutEngine(Engine):
     def start(
         cls,
         model: str | Path,
+        settings: OpenRLHFSettings,
         *,
-        engine: EngineName = "vllm",
-        actors: int = 1,
-        gpus_per_actor: float = 1.0,
-        cache_gigabytes: float = 1.0,
-        context: int | None = None,
-        dtype: torch.dtype | None = None,
-        max_running: int = 64,
         version: int = 0,
         interruptible: bool = False,
-        sleeps: bool = False,
         place: PlacementGroup | None = None,
     ) -> "RolloutEngine":
         """Starts the actors on a checkpoint folder or a model of the Hugging Face hub. Ray must be running.
 
-        Each takes `gpus_per_actor` of a GPU (0: a CPU), and the memory of its weights and `cache_gigabytes` (of 10^9
-        bytes) for keys and values; each samples up to `max_running` turns at once. `context` is by default the model's
-        own; `dtype` must be that in which the learner sends the weights: by default float32 on a CPU and the saved one
-        elsewhere. With `interruptible` an update may come in the midst of replies, and with `sleeps` the memory may be
-        lent; both are vLLM's. In a `place` that is given the n-th actor takes its part of the n-th bundle.
+        They serve the weights in the precision in which they are trained. With `interruptible` an update may come in
+        the midst of replies. In a `place` that is given the n-th actor takes its part of the n-th bundle.
 
         Raises `InputError` for a model that cannot be served, and for more actors than Ray has room for.
         """
         path = checkpoint(model)
         ChatTemplate(load_tokenizer(path))  # what is wrong with it is told before gigabytes of weights are read
-        if engine == "vllm":
-            actor, settings, environment = _vllm(
-                path, gpus_per_actor, cache_gigabytes, context, dtype, max_running, interruptible, sleeps
-            )
+        if settings.engine == "vllm":
+            actor, arguments, environment = _vllm(path, settings, interruptible)
         else:
-            actor, settings, environment = _transformers(path, gpus_per_actor, dtype, max_running)
+            actor, arguments, environment = _transformers(path, settings)
         close: Callable[[], None] = lambda: None  # noqa: E731
         if place is None:
-            place, close = reserve(Share("actor", actors, gpus_per_actor))
+            place, close = reserve(Share("actor", settings.actors, settings.gpus_per_actor))
 
         def launch(number: int) -> ActorHandle:
             options = ray.remote(actor).options(
                 num_cpus=1,
-                num_gpus=gpus_per_actor,
+                num_gpus=settings.gpus_per_actor,
                 max_concurrency=100_000,  # it is the engine that queues them
                 runtime_env={"env_vars": environment},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(place, placement_group_bundle_index=number),
             )
-            return options.remote(**settings, version=version)
+            return options.remote(**arguments, version=version)
 
         try:
-            started = [launch(number) for number in range(actors)]
+            started = [launch(number) for number in range(settings.actors)]
             served: list[Served] = ray.get([actor.served.remote() for actor in started])
         except (RayActorError, RayTaskError) as error:
             close()
             raise InputError(
-                f"cannot serve {path} with {engine} ({_reason(error)}): give the folder that save_pretrained wrote for "
-                "a model and its tokenizer, or a hub id, and as many cache_gigabytes as its context needs; the "
-                "engine's own messages, if any, say more"
+                f"cannot serve {path} with {settings.engine} ({_reason(error)}): give the folder that save_pretrained "
+                "wrote for a model and its tokenizer, or a hub id, and as many cache_gigabytes as its context needs; "
+                "the engine's own messages, if any, say more"
             ) from error
         except BaseException:
             close()
             raise
-        return cls(launch, started, served[0], path, by_vllm=engine == "vllm", close=close, version=version)
+        by_vllm = settings.engine == "vllm"
+        return cls(launch, started, served[0], path, by_vllm=by_vllm, close=close, version=version)
 
     def __enter__(self) -> "RolloutEngine":
         return self
@@ -362,38 +350,40 @@ class RolloutEngine(Engine):
 
 
 def _vllm(
-    model: str | Path,
-    gpus: float,
-    cache_gigabytes: float,
-    context: int | None,
-    dtype: torch.dtype | None,
-    max_running: int,
-    interruptible: bool,
-    sleeps: bool,
+    model: str | Path, settings: OpenRLHFSettings, interruptible: bool
 ) -> tuple[type, dict[str, object], dict[str, str]]:
     from turnwise.agents.vllm_process import ON_CPU, vllm_settings
     from turnwise.rl.openrlhf.vllm_actor import ENVIRONMENT, WORKER, VLLMActor
 
-    settings: dict[str, object] = {
-        **vllm_settings(model, cache_gigabytes=cache_gigabytes, context=context, dtype=dtype, max_running=max_running),
+    arguments: dict[str, object] = {
+        **vllm_settings(
+            model,
+            cache_gigabytes=settings.cache_gigabytes,
+            context=settings.context,
+            dtype=settings.dtype,
+            max_running=settings.max_running,
+        ),
         "worker_extension_cls": WORKER,
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
         "interruptible": interruptible,
-        "num_gpus": gpus,
+        "num_gpus": settings.gpus_per_actor,
     }
-    if sleeps and not ON_CPU:  # where vLLM takes no notice of being told to sleep
-        settings["enable_sleep_mode"] = True
-    return VLLMActor, settings, ENVIRONMENT
+    if settings.colocated and not ON_CPU:  # where vLLM takes no notice of being told to sleep
+        arguments["enable_sleep_mode"] = True
+    return VLLMActor, arguments, ENVIRONMENT
 
 
-def _transformers(
-    model: str | Path, gpus: float, dtype: torch.dtype | None, max_running: int
-) -> tuple[type, dict[str, object], dict[str, str]]:
+def _transformers(model: str | Path, settings: OpenRLHFSettings) -> tuple[type, dict[str, object], dict[str, str]]:
     from turnwise.rl.openrlhf.transformers_actor import TransformersActor
 
-    device = "cuda" if gpus else "cpu"
-    return TransformersActor, {"model": model, "device": device, "dtype": dtype, "max_running": max_running}, {}
+    arguments: dict[str, object] = {
+        "model": model,
+        "device": "cuda" if settings.gpus_per_actor else "cpu",
+        "dtype": settings.dtype,
+        "max_running": settings.max_running,
+    }
+    return TransformersActor, arguments, {}
 
 
 def _reason(error: Exception) -> str:

@@ -4,8 +4,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-EngineName = Literal["vllm", "transformers"]
-
 
 class OpenRLHFSettings(BaseModel):
     """Where and how each policy is trained and sampled from; what it learns is the same, within the rounding.
@@ -32,7 +30,7 @@ class OpenRLHFSettings(BaseModel):
     precision: Literal["bf16", "fp32"] = "bf16"
     attention: Literal["flash_attention_2", "sdpa", "eager"] = "sdpa"
     gradient_checkpointing: bool = False
-    engine: EngineName = "vllm"
+    engine: Literal["vllm", "transformers"] = "vllm"
     actors: PositiveInt = 1
     gpus_per_actor: Annotated[float, Field(ge=0, le=1)] = 1.0
     cache_gigabytes: PositiveFloat = 1.0
@@ -45,3 +43,20 @@ class OpenRLHFSettings(BaseModel):
         if self.attention == "flash_attention_2" and (self.precision == "fp32" or not self.gpus_per_rank):
             raise ValueError('flash_attention_2 needs precision="bf16" and a GPU: ask for attention="sdpa"')
         return self
+
+    @model_validator(mode="after")
+    def _who_takes_turns_fits_together(self) -> "OpenRLHFSettings":
+        if self.colocated and (
+            self.ranks != self.actors or self.gpus_per_rank + self.gpus_per_actor > 1 or self.engine != "vllm"
+        ):
+            raise ValueError(
+                f"colocated needs as many ranks as actors, on parts of a GPU that add up to 1 at most, and vLLM, which "
+                f"can sleep; got ranks={self.ranks}, actors={self.actors}, gpus_per_rank={self.gpus_per_rank}, "
+                f"gpus_per_actor={self.gpus_per_actor}, engine={self.engine!r}"
+            )
+        return self
+
+    @property
+    def dtype(self) -> str:
+        """The precision, by torch's name."""
+        return "float32" if self.precision == "fp32" else "bfloat16"

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("deepspeed", reason="needs OpenRLHF: make openrlhf")
 
 import deepspeed
+import openrlhf
 import openrlhf.models.ring_attn_utils
 import openrlhf.utils.utils
 from deepspeed.comm import comm
@@ -62,6 +63,10 @@ CALLED = {
     OPENRLHF_POLICY.forward: "self sequences action_mask attention_mask",
     OPENRLHF_POLICY.save_checkpoint: "self tag client_states",
     OPENRLHF_POLICY.save_model: "self",
+    OPENRLHF_POLICY.broadcast_to_vllm: "self",
+    OPENRLHF_POLICY.offload_states: "self",
+    OPENRLHF_POLICY.reload_states: "self",
+    names.ActorPPOTrainer._init_vllm_sync_group: "self backend",
     OPENRLHF_REFERENCE.init_model_from_pretrained: "self strategy pretrain",
     OPENRLHF_REFERENCE.forward: "self sequences action_mask attention_mask",
     DeepSpeedEngine._consolidated_16bit_state_dict: "self",
@@ -124,6 +129,23 @@ def test_a_model_reads_its_precision_and_temperature_where_they_are_set() -> Non
     assert 'output["logits"].div_(self.temperature)' in source
     assert openrlhf.utils.utils.convert_to_torch_dtype("fp32") == torch.float32
     assert openrlhf.utils.utils.convert_to_torch_dtype("bf16") == torch.bfloat16
+
+
+def test_who_shares_a_gpu_with_an_engine_sends_it_no_weights_by_nccl() -> None:
+    source = inspect.getsource(names.ActorPPOTrainer.broadcast_to_vllm)
+    assert "sync_fn = _handle_cuda_ipc if self.use_cuda_ipc else _broadcast_param" in source
+    source = inspect.getsource(names.ActorPPOTrainer.__init__)
+    assert "self.use_cuda_ipc = backend ==" in source
+    assert "if self.vllm_engines is not None and not self.use_cuda_ipc" in source
+
+
+def test_without_vllm_its_version_is_not_asked_for_and_its_actor_not_imported() -> None:
+    source = inspect.getsource(OPENRLHF_POLICY.init_model_from_pretrained)
+    assert 'if getattr(args.vllm, "sync_backend", "nccl") == "nccl":\n            import vllm' in source
+    assert openrlhf.__file__ is not None
+    package = ast.parse((Path(openrlhf.__file__).parent / "trainer" / "ray" / "__init__.py").read_text())
+    imported = [node.module for node in package.body if isinstance(node, ast.ImportFrom)]
+    assert imported == ["vllm_engine"], "it now has more in it than without_vllm leaves out"
 
 
 def test_of_flash_attention_it_imports_what_is_left_out() -> None:

@@ -6,12 +6,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from turnwise.agents.tiny import LONG, ROUTER, SHORT
 from turnwise.analysis.audit import audit
@@ -20,6 +24,7 @@ from turnwise.environments.errors import InputError
 from turnwise.environments.math_grader import MathGrader
 from turnwise.protocols.long_short import LongShort
 from turnwise.protocols.thinkless import Thinkless
+from turnwise.rl.advantage import assign_credit
 from turnwise.rl.episode_store import read_episodes
 from turnwise.rl.learner import LearnerSettings
 from turnwise.rl.loss import LossSettings
@@ -50,6 +55,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 MODELS = {"long": LONG, "short": SHORT}
 ON_CPU = OpenRLHFSettings(gpus_per_rank=0, precision="fp32", gpus_per_actor=0, cache_gigabytes=0.2)
 BY_TRANSFORMERS = ON_CPU.model_copy(update={"engine": "transformers"})
+PROTOCOL = LongShort(long_tokens=120, short_tokens=40)
 LEARNER = LearnerSettings(learning_rate=1e-4, loss=LossSettings(importance_cap=2.0))
 SETTINGS = TrainingSettings(
     rounds="long+short", steps=3, problems=4, samples=4, evaluate_every=3, checkpoint_every=1, keep_episodes=1
@@ -74,17 +80,17 @@ def grader() -> Iterator[MathGrader]:
         yield opened
 
 
-def long_short(folder: Path, grader: MathGrader, openrlhf: OpenRLHFSettings = ON_CPU, **changes: object) -> Trainer:
+def long_short(folder: Path, grader: MathGrader, models: Mapping[str, Path] = MODELS, **changes: object) -> Trainer:
     """Two policies."""
     settings = SETTINGS.model_copy(update=changes)
     return Trainer(
-        LongShort(long_tokens=120, short_tokens=40),
-        {seat: Policy(model, (seat,), LEARNER) for seat, model in MODELS.items()},
+        PROTOCOL,
+        {seat: Policy(model, (seat,), LEARNER) for seat, model in models.items()},
         arithmetic(grader, problem_set="mixed", count=12, seed=1),
         arithmetic(grader, problem_set="mixed", count=6, seed=2),
         settings,
         folder,
-        backend=OpenRLHFBackend(openrlhf, interrupts=settings.staleness > 0),
+        backend=OpenRLHFBackend(ON_CPU, interrupts=settings.staleness > 0),
     )
 
 
@@ -128,21 +134,64 @@ def test_two_policies_learn_are_stopped_and_go_on(cluster: None, grader: MathGra
     folder = tmp_path / "run"
     with long_short(folder, grader) as trainer:
         reports = trainer.train()
-        first = [next(reports).step for _ in range(3)]  # the first evaluation, and two steps
+        assert next(reports).step == 0  # the first evaluation
+        learners = [of(trainer, name)._learner for name in MODELS]
+        for learner in learners:
+            learner._all(learner._policy, "__ray_call__", _count_sequences)
+        first = [next(reports).step for _ in range(2)]
+        computed = [learner._all(learner._policy, "__ray_call__", _counted)[0] for learner in learners]
         reports.close()  # type: ignore[attr-defined]
     with long_short(folder, grader) as trainer:
-        assert first + [report.step for report in trainer.train()] == [0, 1, 2, 3]
+        assert first + [report.step for report in trainer.train()] == [1, 2, 3]
         assert {name: trained.engine.version for name, trained in trainer.trained.items()} == {"long": 3, "short": 3}
     assert_engines_sample_from_what_was_learnt(folder, ["long", "short"])
     assert_sound(folder, 3, tokenizer=LONG)
+    # Each policy computed its own samples that teach something, once, and none of the other's.
+    assert computed == [sum(taught(folder, step, name) for step in (1, 2)) for name in MODELS]
     for name, model in MODELS.items():
         before, after = (load_file(path / "model.safetensors") for path in (model, folder / "policies" / name / "r1"))
         assert any(not torch.equal(before[key].float(), after[key].float()) for key in before)
 
 
-def test_episodes_go_on_over_the_updates(cluster: None, grader: MathGrader, tmp_path: Path) -> None:
+def taught(folder: Path, step: int, seat: str) -> int:
+    """How many of a seat's sequences of a step have an advantage."""
+    by_problem = attrgetter("transcript.problem.id")
+    episodes = sorted(read_episodes(folder / "episodes" / f"{step:06}" / "episodes.jsonl"), key=by_problem)
+    groups = [list(group) for _, group in groupby(episodes, key=by_problem)]
+    samples = assign_credit(groups, [PROTOCOL.rewards(group, step) for group in groups], (seat,)).samples
+    return sum(any(sample.advantages) for sample in samples)
+
+
+def _count_sequences(rank: Any) -> None:  # noqa: ANN401
+    rank.sequences = 0
+
+    def count(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        rank.sequences += len(inputs[0])
+
+    rank.actor.register_forward_pre_hook(count)
+
+
+def _counted(rank: Any) -> int:  # noqa: ANN401
+    return int(rank.sequences)
+
+
+@pytest.fixture(scope="module")
+def short_of_other_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The short model with 8 tokens more, the first of them in its tokenizer."""
+    folder = tmp_path_factory.mktemp("short")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(SHORT), load_tokenizer(SHORT)
+    assert tokenizer.add_tokens(["quite"]) == 1
+    model.resize_token_embeddings(len(tokenizer) + 7)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_episodes_go_on_over_the_updates_of_two_tokenizers(
+    cluster: None, grader: MathGrader, tmp_path: Path, short_of_other_tokens: Path
+) -> None:
     folder = tmp_path / "run"
-    with long_short(folder, grader, staleness=1) as trainer:
+    with long_short(folder, grader, {"long": LONG, "short": short_of_other_tokens}, staleness=1) as trainer:
         assert [report.step for report in trainer.train()] == [0, 1, 2, 3]
     assert_sound(folder, 3, tokenizer=LONG)
     logged = read_metrics(folder)[1:]

@@ -1,6 +1,7 @@
 """OpenRLHF's vLLM actors sample by the contract of all engines, and what they sample from follows a learner."""
 
 import asyncio
+import inspect
 import os
 import shutil
 import socket
@@ -38,6 +39,7 @@ from turnwise.rl.openrlhf.learner import OpenRLHFLearner
 from turnwise.rl.openrlhf.rollout_engine import LIVES, RolloutEngine
 from turnwise.rl.openrlhf.sampling_actor import EngineDiedError
 from turnwise.rl.openrlhf.settings import OpenRLHFSettings
+from turnwise.rl.openrlhf.vllm_actor import VLLMActor, Worker
 from turnwise.rl.openrlhf.vllm_without_cuda import group_of_processes
 from turnwise.rl.rollout import play
 
@@ -62,8 +64,12 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def start(model: Path, *, actors: int = 2, **settings: object) -> RolloutEngine:
-    return RolloutEngine.start(model, actors=actors, gpus_per_actor=0, cache_gigabytes=0.064, **settings)  # type: ignore[arg-type]
+ON_CPU = OpenRLHFSettings(gpus_per_rank=0, gpus_per_actor=0, precision="fp32", cache_gigabytes=0.064)
+
+
+def start(model: Path, *, actors: int = 2, version: int = 0, interruptible: bool = False) -> RolloutEngine:
+    settings = ON_CPU.model_copy(update={"actors": actors})
+    return RolloutEngine.start(model, settings, version=version, interruptible=interruptible)
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +181,29 @@ def assert_serves(engine: RolloutEngine, model: Path, weights: Mapping[str, torc
         replies = asyncio.run(greedy(engine))
         assert_alike(replies, expected)
         assert {reply.version for reply in replies} == {engine.version}
+
+
+# What turnwise rests on in OpenRLHF's actor
+
+
+def test_the_actor_and_the_worker_have_what_is_called_on_them() -> None:
+    actor, worker = VLLMActor.__mro__[2], Worker.__mro__[1]
+    expected = {
+        actor.init_process_group: "master_address master_port rank_offset world_size group_name backend use_ray",
+        actor.update_weight: "name dtype shape empty_cache",
+        actor.pause_generation: "",
+        actor.resume_generation: "",
+        actor.sleep: "level",
+        actor.wake_up: "tags",
+        worker.update_weight: "name dtype shape empty_cache",
+        worker.init_process_group: "master_address master_port rank_offset world_size group_name backend use_ray",
+    }
+    for method, parameters in expected.items():
+        found = [name for name in inspect.signature(method).parameters if name not in ("self", "_ray_trace_ctx")]
+        assert found == parameters.split(), method
+    source = inspect.getsource(actor.__init__)
+    assert "self.llm = vllm.AsyncLLMEngine.from_engine_args(engine_args)" in source
+    assert 'kwargs.pop("num_gpus")' in source
 
 
 # Sampling
@@ -318,10 +347,9 @@ def test_a_token_that_the_model_does_not_know_fails_its_turn_alone(long: Rollout
 def test_what_is_learnt_is_what_is_sampled_from(cluster: None, turns: list[Sample], tied: Path, kind: str) -> None:
     model = tied if kind == "tied" else LONG
     settings = LearnerSettings(learning_rate=3e-3, micro_batch_size=4)
-    on_cpu = OpenRLHFSettings(gpus_per_rank=0, precision="fp32")
     with (
         start(model, actors=1 if kind == "tied" else 2, version=7) as engine,
-        OpenRLHFLearner(model, settings, updates=5, openrlhf=on_cpu) as learner,
+        OpenRLHFLearner(model, settings, updates=5, openrlhf=ON_CPU) as learner,
     ):
         assert engine.version == 7
         before = asyncio.run(greedy(engine))
@@ -589,16 +617,12 @@ def test_what_cannot_be_served_is_named(cluster: None, long: RolloutEngine, tmp_
             EngineAgent(long, temperature=temperature)
     with pytest.raises(InputError, match="there is no folder"):
         start(tmp_path / "missing")
-    with pytest.raises(InputError, match="max_running must be at least 1"):
-        start(LONG, max_running=0)
-    with pytest.raises(InputError, match=r"actors must be at least 1 and gpus_per_actor within \[0, 1\]; got actors=0"):
-        start(LONG, actors=0)
     with pytest.raises(InputError, match=r"9 actor\(s\) need 9 CPU\(s\), and Ray has 8: ask for fewer actors"):
         start(LONG, actors=9)
     with pytest.raises(InputError, match=r"1 actor\(s\) need 1 GPU\(s\), and Ray has 0"):
-        RolloutEngine.start(LONG)
+        RolloutEngine.start(LONG, OpenRLHFSettings())
     with pytest.raises(InputError, match="as many cache_gigabytes as its context needs") as failure:
-        RolloutEngine.start(LONG, gpus_per_actor=0, cache_gigabytes=0.001)
+        RolloutEngine.start(LONG, ON_CPU.model_copy(update={"cache_gigabytes": 0.001}))
     assert "\n" not in str(failure.value)
     assert places() == before
 
