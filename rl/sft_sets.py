@@ -6,6 +6,7 @@ are its exact token ids, and those of them that are trained (-100 elsewhere), wh
 `input` and `output` are the same as texts, for OpenRLHF (`--data.input_key input --data.output_key output`, without
 `--data.apply_chat_template`, since `input` is rendered already). It tokenises them anew, which gives the same ids where
 the tags are tokens of the vocabulary, and appends a space and the end of sequence to an output that a closing tag ends.
+`turnwise.rl.openrlhf.sft` has OpenRLHF train on the token ids instead.
 """
 
 import glob
