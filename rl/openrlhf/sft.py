@@ -1,6 +1,8 @@
 """Fine-tunes a model on a set by OpenRLHF's own supervised fine-tuning, in processes of its own."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from turnwise.rl.run_folder import write_whole
 from turnwise.rl.sft import SFTSettings
 from turnwise.rl.sft_sets import read_set
 
-LOG, LOSSES = "train_sft.log", "losses.jsonl"
+LOG, LOSSES, CHECKPOINT = "train_sft.log", "losses.jsonl", "checkpoint"
 
 
 class Job(BaseModel):
@@ -93,6 +95,7 @@ def fine_tune_openrlhf(
         tokenizer.save_pretrained(output)
 
     write_whole(trained, train)
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     return trained
 
 
@@ -124,6 +127,7 @@ def _run(job: Job, on_step: Callable[[int, float], None]) -> None:
             ranks.wait()
     described.unlink()
     if ranks.returncode:
-        said = (job.folder / LOG).read_text(errors="replace").splitlines()
-        reason = next((line.strip() for line in said if "Error" in line), f"it ended with code {ranks.returncode}")
+        said = (job.folder / LOG).read_text(errors="replace")
+        found = re.search(r"\w*(?:Error|Exception): .*", said)
+        reason = found[0].strip() if found else f"it ended with code {ranks.returncode}"
         raise InputError(f"OpenRLHF's train_sft failed: {reason}; {job.folder / LOG} has all that it said")

@@ -19,7 +19,7 @@ import torch
 from turnwise.rl.openrlhf.actors import Strategy
 from turnwise.rl.openrlhf.arguments import command_line
 from turnwise.rl.openrlhf.names import DeepspeedStrategy
-from turnwise.rl.openrlhf.sft import LOSSES, Job
+from turnwise.rl.openrlhf.sft import CHECKPOINT, LOSSES, Job
 from turnwise.rl.sft import UNTRAINED
 from turnwise.rl.sft_sets import shuffled
 
@@ -78,7 +78,9 @@ class Trainer(train_sft.SFTTrainer):  # type: ignore[misc]
         """After each optimiser step."""
         loss = float(self.strategy.all_reduce({"loss": (logs_dict or {})["loss_mean"]})["loss"])
         if not math.isfinite(loss):
-            raise ArithmeticError(f"the loss must be finite, and is {loss} at step {global_step}: ArithmeticError")
+            raise ArithmeticError(
+                f"the loss must be finite, and is {loss} at step {global_step}: lower the learning rate"
+            )
         super().save_logs_and_checkpoints(args, global_step, step_bar, logs_dict, client_states)
         if self.strategy.is_rank_0():
             with self.losses.open("ab") as file:
@@ -102,9 +104,9 @@ def sft_arguments(job: Job) -> SimpleNamespace:
         "max_norm": settings.clip,
         "ds.zero_stage": openrlhf.zero_stage,
         "ds.attn_implementation": openrlhf.attention,
-        "ckpt.path": job.folder / "checkpoint",
+        "ckpt.path": job.folder / CHECKPOINT,
         "ckpt.save_steps": settings.save_every,
-        "ckpt.max_num": 1,
+        "ckpt.max_num": 2,  # the older one goes before a newer one is whole
         "ckpt.output_dir": job.output,
     }
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]

@@ -56,13 +56,14 @@ def recipe_called(name: str) -> type[Recipe]:
 @contextmanager
 def open_trainer(recipe: Recipe) -> Iterator[Trainer]:
     """The trainer of a recipe, whose policies and grader live until the end of the `with`."""
-    with MathGrader() as grader, open_backend(recipe) as backend:
+    with MathGrader() as grader:
+        protocol, policies, partners = recipe.protocol(), recipe.policies(), recipe.partners()
         train = open_environment(recipe.train, grader, number=recipe.train_problems, seed=0, split="train")
         test = open_environment(recipe.test, grader, number=recipe.test_problems, seed=0)
-        yield Trainer(
-            recipe.protocol(), recipe.policies(), train, test, recipe.training, recipe.output,
-            partners=recipe.partners(), backend=backend,
-        )  # fmt: skip
+        with open_backend(recipe) as backend:  # not before all else is known to be right: it may start a cluster
+            yield Trainer(
+                protocol, policies, train, test, recipe.training, recipe.output, partners=partners, backend=backend
+            )
 
 
 @contextmanager
