@@ -8,6 +8,7 @@ r"""The cold start of Long⊗Short: long chains of thought become a first long-t
 
 A file of chains has the columns "problem", "answer" and "response". The output folder gets what each thought is worth
 (thoughts.parquet), the sets D_long and D_short, figures, and the two models. Killed, it goes on by the same command.
+With `--backend openrlhf` the models learn on OpenRLHF, as `--openrlhf.ranks 8 --openrlhf.zero-stage 3` would have it.
 
 Departures from the paper, for the tiny models' sake: chains are cut by rules unless `--chunker` names a model; the base
 is made to answer at once after each prefix (`--closing`); and, unless `--completer` names a model, a rule writes the
@@ -37,6 +38,7 @@ from turnwise.protocols.solo import Solo
 from turnwise.rl.cold_start.arithmetic import complete_by_rule
 from turnwise.rl.cold_start.pipeline import ColdStart, by_chance, by_metric
 from turnwise.rl.cold_start.rollouts import Continuation, RolloutSettings
+from turnwise.rl.openrlhf.settings import OpenRLHFSettings
 from turnwise.rl.sft import SFTSettings
 from turnwise.rl.sft_sets import long_short_rows, write_set
 
@@ -61,6 +63,8 @@ class Config(BaseModel):
     scores: Literal["metric", "chance"] = "metric"
     completer: str | None = None
     sft: SFTSettings = SFTSettings(steps=150, learning_rate=2e-3, weight_decay=0.01)
+    backend: Literal["embedded", "openrlhf"] = "embedded"
+    openrlhf: OpenRLHFSettings = OpenRLHFSettings()
     test: str = "mixed"
     test_problems: PositiveInt = 200
     max_tokens: PositiveInt = 256
@@ -116,8 +120,9 @@ def main(config: Config) -> None:
             data, folder = output / f"D_{seat}.parquet", output / seat
             write_set(data, (row for row in rows if row["seat"] == seat))
             model = show.fine_tune_shown(
-                config.base, data, config.sft, folder, console, seed=seed, device=config.device
-            )
+                config.base, data, config.sft, folder, console, seed=seed, device=config.device,
+                openrlhf=config.openrlhf if config.backend == "openrlhf" else None,
+            )  # fmt: skip
             trained[seat] = config.agent(str(model), 0.6)
 
         test = show.open_environment(config.test, grader, number=config.test_problems, seed=0)

@@ -5,6 +5,8 @@
         --sft.learning-rate 1e-5 --sft.batch-size 128 --sft.micro-batch-size 1 --longest 16384 --device cuda \\
         --test math-500 --max-tokens 24576
 
+With `--backend openrlhf` the student learns on OpenRLHF, as `--openrlhf.ranks 4` and the like say.
+
 A file of pairs has the columns "problem", "answer", "think" (reasoning, `</think>`, solution) and "short". Each pair
 gives two independent samples; both modes end about equally likely, whatever the problem. The control tokens must be
 single tokens of the student's vocabulary, and its chat template must not force one; where it is otherwise, it is said.
@@ -12,11 +14,12 @@ single tokens of the student's vocabulary, and its chat template must not force 
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from rich.console import Console
 
-from turnwise import cli
+from turnwise import show
 from turnwise.agents.tiny import LONG, NOVICE, ROUTER
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
 from turnwise.analysis.tables import left_out
@@ -26,6 +29,7 @@ from turnwise.environments.math_grader import MathGrader
 from turnwise.environments.problem import Problem
 from turnwise.protocols.solo import Solo
 from turnwise.protocols.thinkless import Thinkless
+from turnwise.rl.openrlhf.settings import OpenRLHFSettings
 from turnwise.rl.sft import SFTSettings
 from turnwise.rl.sft_sets import paired_rows, write_set
 
@@ -42,6 +46,8 @@ class Config(BaseModel):
     student: str = str(NOVICE)
     longest: PositiveInt | None = None
     sft: SFTSettings = SFTSettings(steps=150, learning_rate=2e-3, weight_decay=0.01)
+    backend: Literal["embedded", "openrlhf"] = "embedded"
+    openrlhf: OpenRLHFSettings = OpenRLHFSettings()
     test: str = "mixed"
     test_problems: PositiveInt = 200
     max_tokens: PositiveInt = 1024
@@ -57,13 +63,13 @@ def answered(config: Config, mode: str, grader: MathGrader, console: Console) ->
     would have no pair.
     """
     if config.pairs:
-        return list(cli.read_problems(config.pairs, number=config.problems, solution=mode))
+        return list(show.read_problems(config.pairs, number=config.problems, solution=mode))
     problems = arithmetic(grader, count=config.problems, split="train", seed=config.seed)
     think = mode == "think"
     protocol = Solo(max_tokens=config.max_tokens, answer_after="</think>") if think else Thinkless(mode="short")
     model = config.long_teacher if think else config.short_teacher
     team = {"solver": TransformersAgent(TransformersEngine.load(model, device=config.device), temperature=0.6)}
-    said = cli.play_shown(mode, protocol, team, problems, console, output=config.output, settings={"teacher": model})
+    said = show.play_shown(mode, protocol, team, problems, console, output=config.output, settings={"teacher": model})
     fine = [e.transcript.steps[-1].reply.finish != "length" and (e.right or not think) for e in said]
     return [
         replace(e.transcript.problem, solution=e.transcript.text if usable else "")
@@ -82,20 +88,21 @@ def main(config: Config) -> None:
         if dropped:
             console.print(left_out(dropped, kept=len(rows) // 2, title="Pairs left out"))
         write_set(data, rows)
-        model = cli.fine_tune_shown(
+        model = show.fine_tune_shown(
             config.student, data, config.sft, config.output / "router", console,
             seed=config.seed, together=2, longest=config.longest, device=config.device,
+            openrlhf=config.openrlhf if config.backend == "openrlhf" else None,
         )  # fmt: skip
         team = {"solver": TransformersAgent(TransformersEngine.load(model, device=config.device))}
-        test = cli.open_environment(config.test, grader, number=config.test_problems, seed=0)
+        test = show.open_environment(config.test, grader, number=config.test_problems, seed=0)
         budget = {"short_tokens": config.max_tokens, "think_tokens": config.max_tokens}
         protocols = {"its own choice": Thinkless(**budget), "always think": Thinkless(mode="think", **budget)}
         protocols["never think"] = Thinkless(mode="short", **budget)
         runs = {
-            title: cli.play_shown(title, protocol, team, test, console, output=config.output)
+            title: show.play_shown(title, protocol, team, test, console, output=config.output)
             for title, protocol in protocols.items()
         }
-    cli.show_results(runs, test, console, baseline="always think", results=config.output / "results.json")
+    show.show_results(runs, test, console, baseline="always think", results=config.output / "results.json")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from turnwise.agents.transformers_engine import TransformersEngine
-from turnwise.rl.run_folder import claim, write_whole
+from turnwise.rl.run_folder import Run, claim, write_whole
 from turnwise.rl.sft import SFTSettings, train
 from turnwise.rl.sft_sets import read_set, shuffled
 
@@ -30,9 +30,7 @@ def fine_tune(
     clipped to `longest` tokens, by default the model's context. Killed, it goes on by the same call, from the last
     checkpoint; done, it is not done again. Raises InputError where `folder` is of another training.
     """
-    digest = hashlib.blake2b(data.read_bytes(), digest_size=8).hexdigest()
-    order = f"seed {seed}, {together} together, {longest or 'all'} tokens"
-    claim(folder, {"model": str(model), "data": digest, "settings": settings.model_dump_json(), "order": order})
+    claim_fine_tuning(model, data, settings, folder, seed=seed, together=together, longest=longest)
     trained, checkpoint = folder / "model", folder / "checkpoint.pt"
     if not trained.exists():
         # Updates by a small learning rate would be lost in the rounding of half precision.
@@ -48,3 +46,21 @@ def fine_tune(
         write_whole(trained, save)
     checkpoint.unlink(missing_ok=True)
     return trained
+
+
+def claim_fine_tuning(
+    model: str | Path,
+    data: Path,
+    settings: SFTSettings,
+    folder: Path,
+    *,
+    seed: int,
+    together: int,
+    longest: int | None,
+    also: Run | None = None,
+) -> None:
+    """Makes `folder` that of this fine-tuning, as `claim` does."""
+    digest = hashlib.blake2b(data.read_bytes(), digest_size=8).hexdigest()
+    order = f"seed {seed}, {together} together, {longest or 'all'} tokens"
+    run = {"model": str(model), "data": digest, "settings": settings.model_dump_json(), "order": order}
+    claim(folder, {**run, **(also or {})})

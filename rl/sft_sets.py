@@ -6,6 +6,7 @@ are its exact token ids, and those of them that are trained (-100 elsewhere), wh
 `input` and `output` are the same as texts, for OpenRLHF (`--data.input_key input --data.output_key output`, without
 `--data.apply_chat_template`, since `input` is rendered already). It tokenises them anew, which gives the same ids where
 the tags are tokens of the vocabulary, and appends a space and the end of sequence to an output that a closing tag ends.
+`turnwise.rl.openrlhf.sft` has OpenRLHF train on the token ids instead.
 """
 
 import glob
@@ -13,6 +14,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 from datasets import Dataset, Features, List, Value  # type: ignore[import-untyped]
 
@@ -28,6 +30,8 @@ from turnwise.rl.demonstrations import Conversation, demonstrate, tokenised
 from turnwise.rl.parquet import Row, write_rows
 from turnwise.rl.sft import UNTRAINED
 from turnwise.rl.trajectory import TokenSequence
+
+S = TypeVar("S")
 
 FEATURES = Features(
     {
@@ -160,7 +164,7 @@ def _sequence(row: Mapping[str, list[int] | None], place: str, longest: int | No
     return TokenSequence(clipped, ((first, len(clipped)),))
 
 
-def shuffled(sequences: Sequence[TokenSequence], *, seed: int, together: int = 1) -> Iterator[TokenSequence]:
+def shuffled(sequences: Sequence[S], *, seed: int, together: int = 1) -> Iterator[S]:
     """The sequences over and over, in a new order each time; `together` neighbours stay neighbours, as pairs do."""
     rng = random.Random(f"shuffle {seed}")
     starts = list(range(0, len(sequences), together))

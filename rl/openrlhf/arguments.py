@@ -15,20 +15,20 @@ from turnwise.rl.openrlhf.settings import OpenRLHFSettings
 COMMAND = "openrlhf.cli.train_ppo_ray"
 
 
-def command_line() -> argparse.ArgumentParser:
-    """The parser of OpenRLHF's own training command.
+def command_line(command: str = COMMAND) -> argparse.ArgumentParser:
+    """The parser of one of OpenRLHF's own commands, by its module.
 
     It stands below `if __name__ == "__main__":` in OpenRLHF 0.11.2, where it cannot be imported from: its statements,
     up to the parsing, are run here.
     """
-    spec = find_spec(COMMAND)
+    spec = find_spec(command)
     path = str(spec and spec.origin)
     module = ast.parse(Path(path).read_text())
     try:
         block = next(node.body for node in module.body if isinstance(node, ast.If))
         end = [ast.unparse(statement) for statement in block].index("args = parser.parse_args()")
     except (StopIteration, ValueError) as error:
-        raise RuntimeError(f"{COMMAND} no longer builds its parser as OpenRLHF 0.11.2 does") from error
+        raise RuntimeError(f"{command} no longer builds its parser as OpenRLHF 0.11.2 does") from error
     names: dict[str, object] = {"argparse": argparse, "datetime": datetime}
     exec(compile(ast.Module(block[:end], []), path, "exec"), names)
     parser = names["parser"]

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from turnwise.rl.summary import Summary, record
 if TYPE_CHECKING:
     from turnwise.environments.benchmarks import LoadedProblems
     from turnwise.rl.cold_start.thoughts import WeighedChain
+    from turnwise.rl.openrlhf.settings import OpenRLHFSettings
     from turnwise.rl.sft import SFTSettings
     from turnwise.rl.trainer import Trainer
 
@@ -248,13 +250,16 @@ def fine_tune_shown(
     together: int = 1,
     longest: int | None = None,
     device: str = "cpu",
+    openrlhf: "OpenRLHFSettings | None" = None,
 ) -> Path:
-    """Does what `turnwise.rl.fine_tune.fine_tune` does, under a progress bar."""
+    """Does what `turnwise.rl.fine_tune.fine_tune` does, under a progress bar; where told to, on OpenRLHF."""
     from turnwise.rl.fine_tune import fine_tune  # torch: only where it is needed
+    from turnwise.rl.openrlhf.sft import fine_tune_openrlhf
 
     with stages_shown(console) as on_progress:
-        return fine_tune(
-            model, data, settings, folder, seed=seed, together=together, longest=longest, device=device,
+        tuned = partial(fine_tune_openrlhf, openrlhf=openrlhf) if openrlhf else partial(fine_tune, device=device)
+        return tuned(
+            model, data, settings, folder, seed=seed, together=together, longest=longest,
             on_step=lambda step, loss: on_progress(folder.name, step, settings.steps),
         )  # fmt: skip
 

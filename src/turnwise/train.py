@@ -11,6 +11,7 @@ from pathlib import Path
 
 from turnwise.environments.errors import InputError
 from turnwise.environments.math_grader import MathGrader
+from turnwise.rl.openrlhf.installed import require_openrlhf
 from turnwise.rl.recipe import LongShortRecipe, Recipe, ThinklessRecipe
 from turnwise.rl.trained_policy import Backend, EmbeddedPolicy, Policy, TrainedPolicy
 from turnwise.rl.trainer import Trainer
@@ -55,13 +56,14 @@ def recipe_called(name: str) -> type[Recipe]:
 @contextmanager
 def open_trainer(recipe: Recipe) -> Iterator[Trainer]:
     """The trainer of a recipe, whose policies and grader live until the end of the `with`."""
-    with MathGrader() as grader, open_backend(recipe) as backend:
+    with MathGrader() as grader:
+        protocol, policies, partners = recipe.protocol(), recipe.policies(), recipe.partners()
         train = open_environment(recipe.train, grader, number=recipe.train_problems, seed=0, split="train")
         test = open_environment(recipe.test, grader, number=recipe.test_problems, seed=0)
-        yield Trainer(
-            recipe.protocol(), recipe.policies(), train, test, recipe.training, recipe.output,
-            partners=recipe.partners(), backend=backend,
-        )  # fmt: skip
+        with open_backend(recipe) as backend:  # not before all else is known to be right: it may start a cluster
+            yield Trainer(
+                protocol, policies, train, test, recipe.training, recipe.output, partners=partners, backend=backend
+            )
 
 
 @contextmanager
@@ -70,19 +72,15 @@ def open_backend(recipe: Recipe) -> Iterator[Backend]:
     if recipe.backend == "embedded":
         yield partial(EmbeddedPolicy, device=recipe.device)
         return
+    require_openrlhf()
     address = recipe.ray_address or os.environ.get("RAY_ADDRESS")
     if address is None:
         # Read as Ray is imported: on one machine it then listens on the loopback device alone.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    try:
-        import ray
+    import ray
 
-        from turnwise.rl.openrlhf.policy import OpenRLHFBackend, OpenRLHFPolicy
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"the backend openrlhf needs OpenRLHF, and {error.name} is not installed: pip install "
-            "'openrlhf[vllm]==0.11.2' where there are GPUs, else make openrlhf and .venv-openrlhf/bin/turnwise"
-        ) from None
+    from turnwise.rl.openrlhf.policy import OpenRLHFBackend, OpenRLHFPolicy
+
     opened = list[OpenRLHFPolicy]()
     on_openrlhf = OpenRLHFBackend(recipe.openrlhf)
 
@@ -92,7 +90,8 @@ def open_backend(recipe: Recipe) -> Iterator[Backend]:
 
     started = not ray.is_initialized()
     if started:
-        _connect(address)
+        settings = recipe.openrlhf
+        _connect(address, processes=len(recipe.policies()) * (settings.ranks + settings.actors))
     try:
         yield open_policy
     finally:
@@ -102,12 +101,14 @@ def open_backend(recipe: Recipe) -> Iterator[Backend]:
             ray.shutdown()
 
 
-def _connect(address: str | None) -> None:
-    """Connects to the cluster at an address, or starts a Ray that ends with this process."""
+def _connect(address: str | None, *, processes: int) -> None:
+    """Connects to the cluster at an address, or starts a Ray for so many processes that ends with this one."""
     import ray
 
     if address is None:
-        ray.init("local", include_dashboard=False, log_to_driver=False)
+        # Each process asks for a core. On a small machine they share them, and are slow rather than refused.
+        cores = max(processes, os.cpu_count() or 1)
+        ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False)
         return
     try:
         ray.init(address, log_to_driver=False)
