@@ -115,8 +115,8 @@ def place(policies: Mapping[str, bool], settings: OpenRLHFSettings, machine: Mac
             raise InputError(
                 f"a plan must fit the machine; it needs {gpus:g} GPU(s) and {cpus:g} CPU(s), and "
                 f"{machine.nodes} node(s) of {machine.gpus_per_node} GPU(s) and {machine.cpus_per_node} CPU(s) have no "
-                f"room for the {' and '.join(group.roles)} processes of policy {group.policy!r}: ask for fewer ranks or "
-                "actors, for less than a GPU each (gpus_per_rank, gpus_per_actor), for colocated ones, or more nodes"
+                f"room for the {' and '.join(group.roles)} processes of policy {group.policy!r}: ask for fewer ranks "
+                "or actors, less than a GPU each (gpus_per_rank, gpus_per_actor), colocated ones, or more nodes"
             )
         for role in group.roles:
             share = group.gpu / WHOLE / len(group.roles)
