@@ -36,12 +36,13 @@ def memory(plan: Plan) -> Table:
         kind.append(gpu)
     columns = []
     for kind in kinds:
-        who = "+".join(dict.fromkeys(f"{one.policy} {one.role}" for one in kind[0].processes))
+        names = ", ".join(dict.fromkeys(one.policy for gpu in kind for one in gpu.processes))
+        roles = "+".join(dict.fromkeys(one.role for one in kind[0].processes))
         phases = {"learning": kind[0].learning, "sampling": kind[0].sampling}
         if phases["learning"] == phases["sampling"]:
             phases = {"at all times": phases["learning"]}
         for phase, parts in phases.items():
-            table.add_column(f"{len(kind)} × {who}\n{phase}", justify="right")
+            table.add_column(f"{len(kind)} × {roles} ({names})\n{phase}", justify="right")
             columns.append(parts)
     for name in dict.fromkeys(name for parts in columns for name, size in parts.items() if size):
         table.add_row(name, *(_gb(parts[name]) if parts.get(name) else "" for parts in columns))

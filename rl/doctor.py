@@ -202,7 +202,7 @@ def _load(name: str, policy: Policy, context: int | None) -> Patient:
             f"{path} must hold a model's config and its tokenizer: {str(error).strip().splitlines()[0]}"
         ) from error
     try:
-        ends = GenerationConfig.from_pretrained(path).eos_token_id  # type: ignore[no-untyped-call]
+        ends = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # it has none
         ends = model.generation_config.eos_token_id
     largest = int(getattr(config.get_text_config(), "max_position_embeddings", 2**31))
@@ -279,17 +279,18 @@ def _tag_fault(template: ChatTemplate, stops: tuple[str, ...], *, alone: bool) -
 async def _grader(environment: Environment, problems: Sequence[Problem], write: Callable[[str], str]) -> list[Check]:
     """Whether the grader finds the right answer right, a wrong one wrong, and no answer unparsable."""
     checks = list[Check]()
-    for what, said, expected in (
-        ("a right answer is graded right", lambda problem: write(problem.answer), Outcome.RIGHT),
-        ("a wrong answer is graded wrong", lambda problem: write(_wrong(problem)), Outcome.WRONG),
-        ("no answer is unparsable", lambda problem: "", Outcome.UNPARSABLE),
+    for what, answer, expected in (
+        ("a right answer is graded right", _right, Outcome.RIGHT),
+        ("a wrong answer is graded wrong", _wrong, Outcome.WRONG),
+        ("no answer is unparsable", None, Outcome.UNPARSABLE),
     ):
         fault = ""
         for problem in problems:
-            grade = await environment.grader.grade(problem, said(problem))
+            said = write(answer(problem)) if answer else ""
+            grade = await environment.grader.grade(problem, said)
             if grade.outcome is not expected:
                 fault = fault or (
-                    f"{said(problem)!r} must be graded {expected}; it is {grade.outcome} (answer {grade.answer!r}) on "
+                    f"{said!r} must be graded {expected}; it is {grade.outcome} (answer {grade.answer!r}) on "
                     f"{problem.id}: give the environment the grader that reads its answers"
                 )
         checks.append(Check(what, environment.name, fault))
@@ -310,7 +311,7 @@ def _played(
         for sample in range(SAMPLES):
             # The same way both times, so that nothing but the answer can make a difference to the rewards.
             counts = taken if sample else Counter(taken)
-            lines = walk(protocol.graph, counts, write(_wrong(problem) if sample else problem.answer))
+            lines = walk(protocol.graph, counts, write((_wrong if sample else _right)(problem)))
             team = dict[str, Agent]()
             for patient in patients:
                 assert patient.engine is not None, "its chat template is fit for one"
@@ -386,6 +387,10 @@ def _rewards(protocol: GraphProtocol, patient: Patient, groups: Sequence[Sequenc
                     "right_beats_wrong"
                 )
     return ""
+
+
+def _right(problem: Problem) -> str:
+    return problem.answer
 
 
 def _wrong(problem: Problem) -> str:

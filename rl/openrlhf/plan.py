@@ -120,8 +120,16 @@ def plan(
 ) -> Plan:
     """What training `policies` takes. `prompt_tokens` is the length of the longest prompt, instructions and all.
 
-    Raises InputError, of one line, for models that are not there, and for what does not fit the machine.
+    Seats that no policy fills are said to be left out. Raises InputError, of one line, for models that are not there,
+    for seats that the protocol has not, and for what does not fit the machine.
     """
+    filled = [seat for policy in policies.values() for seat in policy.seats]
+    if strange := [seat for seat in filled if seat not in protocol.seats or filled.count(seat) > 1]:
+        raise InputError(
+            f"policies fill seats of this protocol, of {list(protocol.seats)}, each once; got {strange}: name others"
+        )
+    partners = [seat for seat in protocol.seats if seat not in filled]
+    left_out = (f"left out: who fills the seat(s) {partners}, which no policy does",) if partners else ()
     shapes = {name: ModelShape.of(policy.model) for name, policy in policies.items()}
     dialogues = {
         name: _dialogues(name, shape, settings, prompt_tokens + protocol.graph.worst_case()[1])
@@ -144,7 +152,7 @@ def plan(
         gpus.append(GPU(*place_, here, learning, sampling))
     for gpu in gpus:
         _check(gpu, machine)
-    return Plan(machine, tuple(processes), tuple(gpus), shapes, dialogues, moved, (ADAPTERS, *ASSUMED))
+    return Plan(machine, tuple(processes), tuple(gpus), shapes, dialogues, moved, (*left_out, ADAPTERS, *ASSUMED))
 
 
 def footprint(
@@ -263,13 +271,13 @@ def _dialogues(policy: str, shape: ModelShape, settings: OpenRLHFSettings, most:
 
 
 REMEDIES = {
-    "weights": "zero_stage = 3 with more ranks",
+    "weights": "zero_stage = 3",
     "gathered weights": "fewer processes a GPU",
-    "gradients": "zero_stage = 2 or 3 with more ranks",
-    "optimiser": "more ranks, or colocated = true",
-    "activations": "gradient_checkpointing = true, or a smaller micro_batch_size",
-    "logits": 'a smaller micro_batch_size, smaller max_tokens, or attention = "flash_attention_2"',
-    "reference logits": "a smaller micro_batch_size, or smaller max_tokens",
+    "gradients": "zero_stage = 2 or 3",
+    "optimiser": "more ranks",
+    "activations": "gradient_checkpointing, or a smaller micro_batch_size or context",
+    "logits": "flash_attention_2, or a smaller micro_batch_size or context",
+    "reference logits": "a smaller micro_batch_size or context",
     "cache": "a smaller cache_gigabytes",
     "workspace": "a smaller max_running",
 }
@@ -281,10 +289,11 @@ def _check(gpu: GPU, machine: Machine) -> None:
         return
     parts = sorted(gpu.parts.items(), key=lambda part: -part[1])
     named = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts[:3])
-    remedy = next((REMEDIES[name] for name, _ in parts if name in REMEDIES), "fewer processes a GPU")
+    remedies = [REMEDIES[name] for name, _ in parts[:3] if name in REMEDIES] or ["fewer processes a GPU"]
     raise InputError(
         f"a plan must fit each GPU's memory; GPU {gpu.number} of node {gpu.node} needs {gpu.peak / 1e9:.1f} GB while "
-        f"{gpu.phase} ({named}), and {usable / 1e9:.1f} of {machine.gpu_gigabytes:g} GB can be planned with: {remedy}"
+        f"{gpu.phase} ({named}), and {usable / 1e9:.1f} of {machine.gpu_gigabytes:g} GB can be planned with: ask for "
+        f"{'; or '.join(remedies)}"
     )
 
 

@@ -101,12 +101,12 @@ def show_plan(job: Job, prompt_tokens: int, gpu_hour_price: float | None, *, as_
         planned, job.policies, settings.openrlhf, job.protocol, settings.training, assumptions,
         prompt_tokens=prompt_tokens,
     )  # fmt: skip
-    console = Console()
     if as_json:
         options = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS
         written = orjson.dumps({"plan": planned, "estimate": found}, default=BaseModel.model_dump, option=options)
-        console.print(written.decode(), markup=False, highlight=False, soft_wrap=True)
+        print(written.decode())
         return
+    console = Console()
     console.print(placement(planned))
     if planned.gpus:
         console.print(memory(planned))
@@ -127,7 +127,7 @@ def show_examination(job: Job, problems: str, *, as_json: bool = False) -> bool:
         checks = examine(job.protocol, job.policies, environment, context=job.settings.openrlhf.context)
     console, failed = Console(), [check for check in checks if not check.kept]
     if as_json:
-        console.print(orjson.dumps(checks, option=orjson.OPT_INDENT_2).decode(), markup=False, highlight=False)
+        print(orjson.dumps(checks, option=orjson.OPT_INDENT_2).decode())
         return not failed
     table = Table("", "of", "")
     for check in checks:

@@ -146,10 +146,10 @@ def log_probs(built: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, 
 
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 class TestActivations:
     """Against torch itself: within 3 % of the bytes that it saves, and 10 % of the most that it holds."""
 
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
     def test_what_is_kept(self, width: int, checkpointing: bool, attention: str) -> None:
         built, ids = model(width, attention, checkpointing), torch.randint(0, 512, (2, 128))
         parameters = {weight.untyped_storage().data_ptr() for weight in built.parameters()}
@@ -166,16 +166,14 @@ class TestActivations:
         predicted = shape.kept(256, 128, width=width, attention=attention, checkpointing=checkpointing)
         assert predicted + 4 * found[1].numel() == pytest.approx(measured, rel=0.03)
 
-    def test_the_peak_of_a_micro_batch(self, width: int, checkpointing: bool, attention: str) -> None:
-        built, ids = model(width, attention, checkpointing), torch.randint(0, 512, (2, 192))
+    def test_the_peak_of_a_micro_batch(self, width: int, checkpointing: bool) -> None:
+        built, ids = model(width, "sdpa", checkpointing), torch.randint(0, 512, (2, 192))
         for weight in built.parameters():
             weight.grad = torch.zeros_like(weight)
         with Peak() as peak:
             found, logits = log_probs(built, ids)
             torch.autograd.backward(found.sum())
-        settings = OpenRLHFSettings(
-            attention=attention, precision="fp32" if width == 4 else "bf16", gradient_checkpointing=checkpointing
-        )
+        settings = OpenRLHFSettings(precision="fp32" if width == 4 else "bf16", gradient_checkpointing=checkpointing)
         predicted = footprint("rank", ModelShape.of(MINI), settings, LearnerSettings(micro_batch_size=2), 192).learning
         assert logits.shape == (2, 192, 512)
         assert predicted["activations"] + predicted["logits"] == pytest.approx(peak.most, rel=0.1)
@@ -282,13 +280,23 @@ class TestRefusals:
         message = self.refused(folders["qwen"], H100, Machine())
         assert message.startswith("a plan must fit each GPU's memory; GPU 0 of node 0 needs")
         assert "while learning (optimiser 91.4, " in message
-        assert message.endswith("73.6 of 80 GB can be planned with: more ranks, or colocated = true")
+        assert message.endswith("73.6 of 80 GB can be planned with: ask for more ranks; or zero_stage = 3")
 
     def test_the_remedy_is_for_what_takes_the_most(self, folders: Mapping[str, Path]) -> None:
         settings: dict[str, object] = {**H100, "ranks": 2, "zero_stage": 3, "attention": "sdpa"}
         message = self.refused(folders["distill"], settings, Machine(), LearnerSettings(micro_batch_size=8))
         assert "while learning (logits " in message
-        assert message.endswith('a smaller micro_batch_size, smaller max_tokens, or attention = "flash_attention_2"')
+        assert "ask for flash_attention_2, or a smaller micro_batch_size or context; or " in message
+
+    def test_seats_that_the_protocol_has_not(self) -> None:
+        policies = {"judge": Policy(LONG, ("judge",))}
+        with pytest.raises(InputError, match=r"of \['long', 'short'\], each once; got \['judge'\]"):
+            plan(policies, OpenRLHFSettings(), LongShort(), Machine())
+
+    def test_seats_that_no_policy_fills_are_told(self) -> None:
+        policies = {"long": Policy(LONG, ("long",))}
+        found = plan(policies, OpenRLHFSettings(), LongShort(), Machine())
+        assert found.notes[0] == "left out: who fills the seat(s) ['short'], which no policy does"
 
     def test_a_cache_without_room_for_one_dialogue(self, folders: Mapping[str, Path]) -> None:
         message = self.refused(folders["qwen"], {**H100, "context": 32768}, Machine())
