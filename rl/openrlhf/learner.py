@@ -21,7 +21,7 @@ from turnwise.rl.learner import LearnerSettings, split
 from turnwise.rl.openrlhf.actors import PolicyRank, ReferenceRank, Strategy
 from turnwise.rl.openrlhf.arguments import openrlhf_arguments
 from turnwise.rl.openrlhf.names import RayActorGroup
-from turnwise.rl.openrlhf.placement import Share, reserve
+from turnwise.rl.openrlhf.reservation import Share, reserve
 from turnwise.rl.openrlhf.settings import OpenRLHFSettings
 from turnwise.rl.openrlhf.step import Step
 from turnwise.rl.trained_policy import PolicyDiedError

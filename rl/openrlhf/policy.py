@@ -12,7 +12,7 @@ from ray.actor import ActorHandle
 from turnwise.environments.errors import InputError
 from turnwise.rl.advantage import Sample
 from turnwise.rl.openrlhf.learner import OpenRLHFLearner, check_models
-from turnwise.rl.openrlhf.placement import Share, reserve
+from turnwise.rl.openrlhf.reservation import Share, reserve
 from turnwise.rl.openrlhf.rollout_engine import RolloutEngine, WeightSource
 from turnwise.rl.openrlhf.settings import OpenRLHFSettings
 from turnwise.rl.trained_policy import Policy, TrainedPolicy

@@ -21,7 +21,7 @@ from turnwise.agents.transformers_engine import checkpoint, load_tokenizer
 from turnwise.environments.errors import InputError
 from turnwise.environments.transcript import Reply
 from turnwise.rl.openrlhf.homes import BLOCK, Homes
-from turnwise.rl.openrlhf.placement import Share, reserve
+from turnwise.rl.openrlhf.reservation import Share, reserve
 from turnwise.rl.openrlhf.sampling_actor import EngineDiedError, Sampled, Served
 from turnwise.rl.openrlhf.settings import OpenRLHFSettings
 

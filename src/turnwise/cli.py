@@ -1,6 +1,7 @@
 """The command `turnwise`. Each command imports what only it needs, so that `--help` is quick."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -54,6 +55,51 @@ def train(
     with open_trainer(settings) as trainer:
         train_shown(trainer, console)
     show_trained(trainer, console)
+
+
+Policies = Annotated[list[str], typer.Option("--policy", help="NAME=MODEL, a checkpoint folder or hub id; repeatable.")]
+Seats = Annotated[list[str], typer.Option("--seats", help="NAME=seat,seat: whom a policy fills, else the seat NAME.")]
+Config = Annotated[Path | None, typer.Option("--config", help="TOML tables: openrlhf, learner, training, machine.")]
+ProtocolName = Annotated[Literal["longshort", "thinkless"], typer.Option("--protocol")]
+AsJSON = Annotated[bool, typer.Option("--json", help="For a machine to read.")]
+
+
+@app.command()
+def plan(
+    policy: Policies,
+    seats: Seats = [],  # noqa: B006  # typer copies it
+    protocol: ProtocolName = "longshort",
+    config: Config = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of the longest prompt, instructions and all.")] = 512,
+    gpu_hour_price: Annotated[float | None, typer.Option(min=0.01, help="In any currency.")] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Predict placement, memory and cost of a run on OpenRLHF, before anything starts.
+
+    turnwise plan --policy long=Qwen/Qwen2.5-7B-Instruct --policy short=Qwen/Qwen2.5-7B-Instruct --config run.toml
+    """
+    from turnwise.job import read_job, show_plan
+
+    show_plan(read_job(policy, seats, protocol, config), prompt_tokens, gpu_hour_price, as_json=as_json)
+
+
+@app.command()
+def doctor(
+    policy: Policies,
+    seats: Seats = [],  # noqa: B006
+    protocol: ProtocolName = "longshort",
+    config: Config = None,
+    problems: Annotated[str, typer.Option(help="An arithmetic set, a benchmark, or a file.")] = "mixed",
+    as_json: AsJSON = False,
+) -> None:
+    """Play 8 scripted episodes through the run's tokenizers, tags and graders. Exit code 1 where anything failed.
+
+    turnwise doctor --policy solver=Vinnnf/Thinkless-1.5B-Warmup --protocol thinkless --problems gsm8k
+    """
+    from turnwise.job import read_job, show_examination
+
+    if not show_examination(read_job(policy, seats, protocol, config), problems, as_json=as_json):
+        raise typer.Exit(1)
 
 
 def main() -> None:

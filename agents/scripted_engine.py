@@ -1,0 +1,34 @@
+"""An engine without a model: it says what it is told to, in the tokens of a real tokenizer."""
+
+from collections.abc import Sequence
+
+from turnwise.agents.engine import Engine, PartialReply
+from turnwise.environments.transcript import Reply
+
+
+class ScriptedEngine(Engine):
+    """Says `line` to every prompt, token by token, and then ends the sequence.
+
+    Stops, end-of-sequence tokens, budget and context end a reply as in any other engine. All log-probabilities are 0.
+    """
+
+    line = ""
+    version = 0
+
+    async def sample(
+        self,
+        prompt: Sequence[int],
+        *,
+        stops: tuple[str, ...],
+        max_tokens: int,
+        seed: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> Reply:
+        """The line, up to where it ends. Raises ValueError as every engine does."""
+        said = PartialReply(matcher=self._matcher(stops), ends=self.ends, budget=self._budget(prompt, max_tokens))
+        for token in (*self.template.tokens(self.line), self.tokenizer.eos_token_id):
+            said.take(token, 0.0)
+            if said.finish is not None:
+                break
+        return self._reply(tuple(prompt), said, self.version)
