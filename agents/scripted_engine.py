@@ -1,8 +1,6 @@
 """An engine without a model: it says what it is told to, in the tokens of a real tokenizer."""
 
-from collections.abc import Sequence
-
-from turnwise.agents.engine import Engine, PartialReply
+from turnwise.agents.engine import Engine, PartialReply, Request
 from turnwise.environments.transcript import Reply
 
 
@@ -15,20 +13,11 @@ class ScriptedEngine(Engine):
     line = ""
     version = 0
 
-    async def sample(
-        self,
-        prompt: Sequence[int],
-        *,
-        stops: tuple[str, ...],
-        max_tokens: int,
-        seed: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-    ) -> Reply:
-        """The line, up to where it ends. Raises ValueError as every engine does."""
-        said = PartialReply(matcher=self._matcher(stops), ends=self.ends, budget=self._budget(prompt, max_tokens))
+    async def serve(self, request: Request) -> Reply:
+        """The line, up to where it ends."""
+        said = PartialReply(matcher=self._matcher(request.stops), ends=self.ends, budget=request.max_tokens)
         for token in (*self.template.tokens(self.line), self.tokenizer.eos_token_id):
             said.take(token, 0.0)
             if said.finish is not None:
                 break
-        return self._reply(tuple(prompt), said, self.version)
+        return self._reply(request.prompt, said, self.version)
