@@ -3,7 +3,7 @@
 import asyncio
 import functools
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from turnwise.agents.agent import Agent
 from turnwise.agents.chat import MARK, ChatTemplate, decode
 from turnwise.agents.engine import EngineAgent, StopMatcher
+from turnwise.agents.scripted import cut
 from turnwise.agents.scripted_engine import ScriptedEngine
 from turnwise.agents.transformers_engine import checkpoint, load_tokenizer
 from turnwise.environments.environment import Environment, Outcome
@@ -78,19 +79,18 @@ def examine(
     policies: Mapping[str, Policy],
     environment: Environment,
     *,
-    partners: Mapping[str, Policy] | None = None,
+    partners: Collection[str] = (),
     context: int | None = None,
     write: Callable[[str], str] = boxed,
 ) -> list[Check]:
     """Every check, in order. No weights are loaded.
 
-    `partners` speak and do not learn. `context` is that of the engines, by default each model's own. `write` puts an
-    answer as the environment's grader is to find it.
+    `partners` are the seats of agents that have no tokenizer. `context` is that of the engines, by default each model's
+    own. `write` puts an answer as the environment's grader is to find it.
     """
-    everyone = {**policies, **(partners or {})}
-    checks = [Check("each seat is filled once", "protocol", _seats(protocol, everyone))]
+    checks = [Check("each seat is filled once", "protocol", _seats(protocol, policies, partners))]
     patients = list[Patient]()
-    for name, policy in everyone.items():
+    for name, policy in policies.items():
         try:
             patient = _load(name, policy, context)
         except InputError as error:
@@ -101,9 +101,9 @@ def examine(
     problems = sorted(environment.problems, key=lambda problem: -len(problem.statement))[:PROBLEMS]
     checks += asyncio.run(_grader(environment, problems, write))
     if all(check.kept for check in checks if check.what in ("each seat is filled once", "chat template")) and (
-        len(patients) == len(everyone)
+        len(patients) == len(policies)
     ):
-        checks += _played(protocol, patients, tuple(policies), environment, problems, write)
+        checks += _played(protocol, patients, partners, environment, problems, write)
     else:
         checks.append(Check("episodes end as scripted", "protocol", "not played: mend what stands above first"))
     return checks
@@ -178,8 +178,19 @@ class _Reader(EngineAgent):
         return reply
 
 
-def _seats(protocol: GraphProtocol, everyone: Mapping[str, Policy]) -> str:
-    filled = Counter(seat for policy in everyone.values() for seat in policy.seats)
+class _Speaker(Agent):
+    """Says the lines of a seat whose agent works on text alone."""
+
+    def __init__(self, lines: Iterable[Line]) -> None:
+        self._lines = deque(lines)
+
+    async def reply(self, turn: Turn, seed: int) -> Reply:
+        """The next line, in words."""
+        return cut(self._lines.popleft().text, turn)
+
+
+def _seats(protocol: GraphProtocol, policies: Mapping[str, Policy], partners: Collection[str]) -> str:
+    filled = Counter([*partners, *(seat for policy in policies.values() for seat in policy.seats)])
     if strange := sorted(filled.keys() - set(protocol.seats)):
         return f"policies and partners fill seats of this protocol, of {list(protocol.seats)}; got {strange}"
     if wrong := [seat for seat in protocol.seats if filled[seat] != 1]:
@@ -300,7 +311,7 @@ async def _grader(environment: Environment, problems: Sequence[Problem], write: 
 def _played(
     protocol: GraphProtocol,
     patients: Sequence[Patient],
-    learners: Sequence[str],
+    partners: Collection[str],
     environment: Environment,
     problems: Sequence[Problem],
     write: Callable[[str], str],
@@ -312,12 +323,14 @@ def _played(
             # The same way both times, so that nothing but the answer can make a difference to the rewards.
             counts = taken if sample else Counter(taken)
             lines = walk(protocol.graph, counts, write((_wrong if sample else _right)(problem)))
-            team = dict[str, Agent]()
+            own = {
+                seat: [line for line in lines if seat in protocol.graph.states[line.state].seats]
+                for seat in protocol.seats
+            }
+            team: dict[str, Agent] = {seat: _Speaker(own[seat]) for seat in partners}
             for patient in patients:
                 assert patient.engine is not None, "its chat template is fit for one"
-                for seat in patient.seats:
-                    own = [line for line in lines if seat in protocol.graph.states[line.state].seats]
-                    team[seat] = _Reader(patient, patient.engine, own)
+                team |= {seat: _Reader(patient, patient.engine, own[seat]) for seat in patient.seats}
             try:
                 episode = asyncio.run(play_episode(protocol, team, environment.grader, problem, sample=sample))
             except InputError as error:
@@ -329,9 +342,8 @@ def _played(
     checks += [Check("dialogues fit the context", patient.name, _context(patient, protocol)) for patient in patients]
     checks.append(Check("episodes are graded as scripted", "protocol", _graded(groups)))
     for patient in patients:
-        if patient.name in learners:
-            checks.append(Check("what was said is what trains", patient.name, _trained(patient, groups)))
-            checks.append(Check("rewards", patient.name, _rewards(protocol, patient, groups)))
+        checks.append(Check("what was said is what trains", patient.name, _trained(patient, groups)))
+        checks.append(Check("rewards", patient.name, _rewards(protocol, patient, groups)))
     return checks
 
 

@@ -16,6 +16,8 @@ from turnwise.protocols.rewards import Correctness, Format, RewardSum, Schedule,
 from turnwise.protocols.thinkless import Thinkless
 from turnwise.rl.learner import LearnerSettings
 from turnwise.rl.loss import LossSettings
+from turnwise.rl.openrlhf.estimate import Assumptions
+from turnwise.rl.openrlhf.placement import Machine
 from turnwise.rl.openrlhf.settings import OpenRLHFSettings
 from turnwise.rl.trained_policy import Policy
 from turnwise.rl.trainer import TrainingSettings
@@ -36,6 +38,8 @@ class Recipe(BaseModel, ABC):
     - `backend`: "embedded" trains in this process, on `device`; "openrlhf" on OpenRLHF, as `openrlhf` says.
     - `ray_address` is that of a Ray cluster to train on, by default RAY_ADDRESS's; without either, Ray is started on
       this machine. The embedded backend needs none.
+    - `machine`, `assumptions` and `prompt_tokens` (of the longest prompt, instructions and all) are for `turnwise plan`
+      alone.
     - `output` is the folder of the run.
     """
 
@@ -50,6 +54,9 @@ class Recipe(BaseModel, ABC):
     device: str = "cpu"
     openrlhf: OpenRLHFSettings = OpenRLHFSettings()
     ray_address: str | None = None
+    machine: Machine = Machine()
+    assumptions: Assumptions = Assumptions()
+    prompt_tokens: PositiveInt = 512
     output: Path
 
     @abstractmethod

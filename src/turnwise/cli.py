@@ -1,7 +1,6 @@
 """The command `turnwise`. Each command imports what only it needs, so that `--help` is quick."""
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -24,17 +23,16 @@ def turnwise(
     """Language models reason together in turns, and are trained together to be right and brief."""
 
 
-@app.command(
-    # What stands behind the recipe is the recipe's: --help, too.
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
-    options_metavar="",
-)
-def train(
-    context: typer.Context,
-    recipe: Annotated[
-        str, typer.Argument(help="longshort, thinkless, or a file with a recipe of your own: FILE.py or FILE.py:NAME.")
-    ],
-) -> None:
+AsJSON = Annotated[bool, typer.Option("--json", help="For a machine to read.")]
+RecipeName = Annotated[
+    str, typer.Argument(help="longshort, thinkless, or a file with a recipe of your own: FILE.py or FILE.py:NAME.")
+]
+# What stands behind the recipe is the recipe's: --help, too.
+SETTINGS_FOLLOW = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+@app.command(context_settings=SETTINGS_FOLLOW, options_metavar="")
+def train(context: typer.Context, recipe: RecipeName) -> None:
     """Trains policies together, as a recipe says; killed, the same command goes on.
 
     Behind the recipe stand its settings: --config FILE.toml, and dotted flags, which go over it. turnwise train
@@ -57,48 +55,35 @@ def train(
     show_trained(trainer, console)
 
 
-Policies = Annotated[list[str], typer.Option("--policy", help="NAME=MODEL, a checkpoint folder or hub id; repeatable.")]
-Seats = Annotated[list[str], typer.Option("--seats", help="NAME=seat,seat: whom a policy fills, else the seat NAME.")]
-Config = Annotated[Path | None, typer.Option("--config", help="TOML tables: openrlhf, learner, training, machine.")]
-ProtocolName = Annotated[Literal["longshort", "thinkless"], typer.Option("--protocol")]
-AsJSON = Annotated[bool, typer.Option("--json", help="For a machine to read.")]
+@app.command(context_settings=SETTINGS_FOLLOW)
+def plan(context: typer.Context, recipe: RecipeName, as_json: AsJSON = False) -> None:
+    """Predicts where each process of a recipe runs on OpenRLHF, the memory of each GPU, time and cost.
 
+    Nothing is started, and no weights are loaded. Behind the recipe stand its settings, as those of turnwise train.
 
-@app.command()
-def plan(
-    policy: Policies,
-    seats: Seats = [],  # noqa: B006  # typer copies it
-    protocol: ProtocolName = "longshort",
-    config: Config = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of the longest prompt, instructions and all.")] = 512,
-    gpu_hour_price: Annotated[float | None, typer.Option(min=0.01, help="In any currency.")] = None,
-    as_json: AsJSON = False,
-) -> None:
-    """Predict placement, memory and cost of a run on OpenRLHF, before anything starts.
-
-    turnwise plan --policy long=Qwen/Qwen2.5-7B-Instruct --policy short=Qwen/Qwen2.5-7B-Instruct --config run.toml
+    turnwise plan longshort --config examples/openrlhf/longshort_qwen_7b.toml --assumptions.gpu-hour-price 2.5
     """
-    from turnwise.job import read_job, show_plan
+    from turnwise.command import read_config
+    from turnwise.precheck import show_plan
+    from turnwise.train import recipe_called
 
-    show_plan(read_job(policy, seats, protocol, config), prompt_tokens, gpu_hour_price, as_json=as_json)
+    show_plan(read_config(recipe_called(recipe), context.args, program=f"turnwise plan {recipe}"), as_json=as_json)
 
 
-@app.command()
-def doctor(
-    policy: Policies,
-    seats: Seats = [],  # noqa: B006
-    protocol: ProtocolName = "longshort",
-    config: Config = None,
-    problems: Annotated[str, typer.Option(help="An arithmetic set, a benchmark, or a file.")] = "mixed",
-    as_json: AsJSON = False,
-) -> None:
-    """Play 8 scripted episodes through the run's tokenizers, tags and graders. Exit code 1 where anything failed.
+@app.command(context_settings=SETTINGS_FOLLOW)
+def doctor(context: typer.Context, recipe: RecipeName, as_json: AsJSON = False) -> None:
+    """Plays 8 scripted episodes through a recipe's tokenizers, tags and graders. Exit code 1 where anything failed.
 
-    turnwise doctor --policy solver=Vinnnf/Thinkless-1.5B-Warmup --protocol thinkless --problems gsm8k
+    No weights are loaded: it finds in seconds what would else fail after hours. Behind the recipe stand its settings.
+
+    turnwise doctor thinkless --model Vinnnf/Thinkless-1.5B-Warmup --train gsm8k
     """
-    from turnwise.job import read_job, show_examination
+    from turnwise.command import read_config
+    from turnwise.precheck import show_examination
+    from turnwise.train import recipe_called
 
-    if not show_examination(read_job(policy, seats, protocol, config), problems, as_json=as_json):
+    settings = read_config(recipe_called(recipe), context.args, program=f"turnwise doctor {recipe}")
+    if not show_examination(settings, as_json=as_json):
         raise typer.Exit(1)
 
 

@@ -9,11 +9,13 @@ from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+from turnwise.environments.environment import Environment
 from turnwise.environments.errors import InputError
 from turnwise.environments.math_grader import MathGrader
+from turnwise.precheck import examination
 from turnwise.rl.openrlhf.installed import require_openrlhf
 from turnwise.rl.recipe import LongShortRecipe, Recipe, ThinklessRecipe
-from turnwise.rl.trained_policy import Backend, EmbeddedPolicy, Policy, TrainedPolicy
+from turnwise.rl.trained_policy import Backend, EmbeddedPolicy
 from turnwise.rl.trainer import Trainer
 from turnwise.show import open_environment
 
@@ -60,10 +62,22 @@ def open_trainer(recipe: Recipe) -> Iterator[Trainer]:
         protocol, policies, partners = recipe.protocol(), recipe.policies(), recipe.partners()
         train = open_environment(recipe.train, grader, number=recipe.train_problems, seed=0, split="train")
         test = open_environment(recipe.test, grader, number=recipe.test_problems, seed=0)
-        with open_backend(recipe) as backend:  # not before all else is known to be right: it may start a cluster
-            yield Trainer(
+        if recipe.backend == "openrlhf":
+            _examine(recipe, train)
+        with (
+            open_backend(recipe) as backend,  # not before all else is known to be right: it may start a cluster
+            Trainer(
                 protocol, policies, train, test, recipe.training, recipe.output, partners=partners, backend=backend
-            )
+            ) as trainer,
+        ):
+            yield trainer
+
+
+def _examine(recipe: Recipe, environment: Environment) -> None:
+    """Raises InputError for the first of what the doctor finds, before any process starts."""
+    for check in examination(recipe, environment):
+        if not check.kept:
+            raise InputError(f"{check.what} ({check.of}): {check.fault}")
 
 
 @contextmanager
@@ -79,24 +93,15 @@ def open_backend(recipe: Recipe) -> Iterator[Backend]:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
-    from turnwise.rl.openrlhf.policy import OpenRLHFBackend, OpenRLHFPolicy
-
-    opened = list[OpenRLHFPolicy]()
-    on_openrlhf = OpenRLHFBackend(recipe.openrlhf)
-
-    def open_policy(policy: Policy, *, updates: int, temperature: float) -> TrainedPolicy:
-        opened.append(on_openrlhf(policy, updates=updates, temperature=temperature))
-        return opened[-1]
+    from turnwise.rl.openrlhf.policy import OpenRLHFBackend
 
     started = not ray.is_initialized()
     if started:
         settings = recipe.openrlhf
         _connect(address, processes=len(recipe.policies()) * (settings.ranks + settings.actors))
     try:
-        yield open_policy
+        yield OpenRLHFBackend(recipe.openrlhf, interrupts=recipe.training.staleness > 0)
     finally:
-        for trained in opened:
-            trained.close()
         if started:
             ray.shutdown()
 

@@ -131,12 +131,10 @@ def test_the_shipped_models_play_their_protocols(environment: Environment) -> No
 
 
 def test_a_partner_speaks_and_is_not_asked_what_it_learns(sound: Path, environment: Environment) -> None:
-    checks = examine(
-        LongShort(), {"long": Policy(sound, ("long",))}, environment, partners={"frozen": Policy(sound, ("short",))}
-    )
+    checks = examine(LongShort(), {"long": Policy(sound, ("long",))}, environment, partners=["short"])
     assert faults(checks) == {}
     assert [one.of for one in checks if one.what == "rewards"] == ["long"]
-    assert [one.of for one in checks if one.what == "chat template"] == ["long", "frozen"]
+    assert [one.of for one in checks if one.what == "chat template"] == ["long"]
 
 
 def test_two_tokenizers_work_together(tmp_path: Path, sound: Path, environment: Environment) -> None:
