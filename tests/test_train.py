@@ -119,6 +119,7 @@ def test_bad_input_is_one_line_before_anything_starts(tmp_path: Path) -> None:
         (["nothing"], "got 'nothing'"),
         (["thinkless", "--gamma", "1"], "gamma: .* less than 1; got '1'"),
         (["thinkless", "--train", "nothing"], "no problems are called 'nothing'"),
+        (["thinkless", "--train", "nothing", "--backend", "openrlhf"], "no problems are called 'nothing'"),
         (["longshort", "--brevity", "[[3,0.0],[1,0.0]]"], "steps must increase"),
         (["longshort", "--training.rounds", "nobody"], r"\['nobody'\]"),
     ):
@@ -129,9 +130,11 @@ def test_bad_input_is_one_line_before_anything_starts(tmp_path: Path) -> None:
 
 
 def test_without_openrlhf_its_backend_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
     with (
-        pytest.raises(InputError, match=r"needs OpenRLHF, and ray is not installed: pip install .* make openrlhf"),
+        pytest.raises(
+            InputError, match=r"needs OpenRLHF, and deepspeed is not installed: pip install .* make openrlhf"
+        ),
         open_backend(ThinklessRecipe(backend="openrlhf")),
     ):
         raise AssertionError("it was opened")

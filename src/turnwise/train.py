@@ -110,16 +110,15 @@ def _connect(address: str | None, *, processes: int) -> None:
     """Connects to the cluster at an address, or starts a Ray for so many processes that ends with this one."""
     import ray
 
-    if address is None:
-        # Each process asks for a core. On a small machine they share them, and are slow rather than refused.
-        cores = max(processes, os.cpu_count() or 1)
-        ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False)
-        return
     try:
-        ray.init(address, log_to_driver=False)
-    except (ConnectionError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+        if address is None:
+            # Each process asks for a core. On a small machine they share them, and are slow rather than refused.
+            cores = max(processes, os.cpu_count() or 1)
+            ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False)
+        else:
+            ray.init(address, log_to_driver=False)
+    except Exception as error:  # Ray raises that class itself where a busy machine takes more than 30 s to start it
         raise InputError(
-            f"no Ray at {address}: {reason}; start one there by ray start --head, or leave the address out to have one "
-            "started here"
-        ) from None
+            f"no Ray at {address or 'this machine'}: {str(error).splitlines()[0]}; have ray start --head run at the "
+            "address, or give none, on a machine that is not too busy, to have one started"
+        ) from error
