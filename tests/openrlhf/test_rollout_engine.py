@@ -187,7 +187,7 @@ def assert_serves(engine: RolloutEngine, model: Path, weights: Mapping[str, torc
 
 
 def test_the_actor_and_the_worker_have_what_is_called_on_them() -> None:
-    actor, worker = VLLMActor.__mro__[2], Worker.__mro__[1]
+    actor, worker = VLLMActor.__bases__[1], Worker.__bases__[0]
     expected = {
         actor.init_process_group: "master_address master_port rank_offset world_size group_name backend use_ray",
         actor.update_weight: "name dtype shape empty_cache",
