@@ -119,6 +119,8 @@ class OpenRLHFLearner:
             for step in steps:
                 for micro, log_probs in zip(step.experience, self._log_probs(self._reference, step), strict=True):
                     micro.base_action_log_probs = log_probs
+            # It shares its GPU with a rank, which will need what its logits took.
+            self._all(self._reference, "empty_cache")
         # From the second step on, the policy is no longer the one that was sampled.
         for step in steps[1:]:
             for micro, log_probs in zip(step.experience, self._log_probs(self._policy, step), strict=True):

@@ -161,7 +161,7 @@ def footprint(
     """The memory of one process."""
     if role == "engine":
         return _engine(shape, settings, longest)
-    return _rank(shape, settings, learner, longest) if role == "rank" else _reference(shape, settings, learner, longest)
+    return _rank(shape, settings, learner, longest) if role == "rank" else _reference(shape, settings)
 
 
 def _rank(shape: ModelShape, settings: OpenRLHFSettings, learner: LearnerSettings, longest: int) -> Footprint:
@@ -209,16 +209,12 @@ def _rank(shape: ModelShape, settings: OpenRLHFSettings, learner: LearnerSetting
     return Footprint(learning, {"weights": weights, "optimiser": optimiser, **held, "CUDA": CUDA})
 
 
-def _reference(shape: ModelShape, settings: OpenRLHFSettings, learner: LearnerSettings, longest: int) -> Footprint:
-    """No optimiser, no gradients; what its forward pass took, torch keeps for the next."""
-    width, tokens = _width(settings), learner.micro_batch_size * longest
-    divided = settings.zero_stage == 3
-    layer = shape.kept_by_layer(tokens, longest, width=width, attention=settings.attention)
-    logits = tokens * shape.vocabulary * (4 + (width if width < 4 else 0))
+def _reference(shape: ModelShape, settings: OpenRLHFSettings) -> Footprint:
+    """No optimiser, no gradients; what its forward pass takes is given back before the ranks learn, who take more."""
+    width, divided = _width(settings), settings.zero_stage == 3
     held = {
         "reference weights": width * -(-shape.parameters // (settings.ranks if divided else 1)),
         "gathered weights": width * min(LIVE, shape.parameters) if divided and settings.ranks > 1 else 0,
-        "reference logits": max(logits, layer),
         "CUDA": CUDA,
     }
     return Footprint(held, held)
@@ -277,7 +273,6 @@ REMEDIES = {
     "optimiser": "more ranks",
     "activations": "gradient_checkpointing, or a smaller micro_batch_size or context",
     "logits": "flash_attention_2, or a smaller micro_batch_size or context",
-    "reference logits": "a smaller micro_batch_size or context",
     "cache": "a smaller cache_gigabytes",
     "workspace": "a smaller max_running",
 }
@@ -293,7 +288,7 @@ def _check(gpu: GPU, machine: Machine) -> None:
     raise InputError(
         f"a plan must fit each GPU's memory; GPU {gpu.number} of node {gpu.node} needs {gpu.peak / 1e9:.1f} GB while "
         f"{gpu.phase} ({named}), and {usable / 1e9:.1f} of {machine.gpu_gigabytes:g} GB can be planned with: ask for "
-        f"{'; or '.join(remedies)}"
+        f"{'; or '.join(dict.fromkeys(remedies))}"
     )
 
 

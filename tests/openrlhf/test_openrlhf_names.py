@@ -68,6 +68,7 @@ CALLED = {
     OPENRLHF_POLICY.reload_states: "self",
     names.ActorPPOTrainer._init_vllm_sync_group: "self backend",
     OPENRLHF_REFERENCE.init_model_from_pretrained: "self strategy pretrain",
+    OPENRLHF_REFERENCE.empty_cache: "self",
     OPENRLHF_REFERENCE.forward: "self sequences action_mask attention_mask",
     DeepSpeedEngine._consolidated_16bit_state_dict: "self",
     DeepSpeedEngine.get_global_grad_norm: "self",
