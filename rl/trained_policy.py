@@ -28,7 +28,7 @@ class Policy:
     learner: LearnerSettings = field(default_factory=LearnerSettings)
 
 
-class PolicyDiedError(RuntimeError):
+class PolicyDiedError(Exception):
     """What was asked of a policy that is no more, since one of its processes died. It is to be opened anew."""
 
 

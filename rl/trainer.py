@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Annotated
 
 import torch
@@ -24,6 +23,7 @@ from turnwise.environments.problem import Problem
 from turnwise.environments.seeds import turn_seed
 from turnwise.protocols.protocol import ReasoningProtocol
 from turnwise.rl.advantage import Credit, Estimator, Grouping, assign_credit
+from turnwise.rl.checkpoint import Checkpoint, read_checkpoint
 from turnwise.rl.episode_store import EpisodeStore
 from turnwise.rl.metrics import (
     MetricsLog,
@@ -361,19 +361,16 @@ class Trainer:
         write_whole(folder, self.trained[name].save_pretrained)
 
     def _save(self) -> None:
-        """What has to be known to go on. Randomness and the position in the data follow from the number of the step.
-
-        What policies write beside it stands in a folder of the step's own, until the next one is whole.
-        """
+        """Writes a checkpoint. What policies write beside it stands in a folder of its own, until the next is whole."""
         states = self.folder / "states"
         mine = states / f"{self._done:06}"
 
         def write(path: Path) -> None:
             shutil.rmtree(mine, ignore_errors=True)  # of a run that was killed before its checkpoint was whole
-            state = {
+            state: Checkpoint = {
                 "run": self._run(),
                 "step": self._done,
-                "policies": {name: trained.state(mine / name) for name, trained in self.trained.items()},
+                "policies": {name: dict(trained.state(mine / name)) for name, trained in self.trained.items()},
                 "base": self._base,
                 "best": self._best,
                 "shares": [dict(shares) for shares in self._shares],
@@ -386,27 +383,9 @@ class Trainer:
                 shutil.rmtree(older, ignore_errors=True)
 
     def _resume(self) -> None:
-        path = self.folder / "checkpoint.pt"
-        if not path.exists():
+        state = read_checkpoint(self.folder / "checkpoint.pt", self._run())
+        if state is None:
             return
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
-            raise InputError(
-                f"{path} must be a whole checkpoint, and is damaged ({type(error).__name__}): remove it, and the run "
-                "begins anew"
-            ) from error
-        if lacking := {"run", "step", "policies", "base", "best", "shares"} - state.keys():
-            raise InputError(
-                f"{path} is of another version of turnwise: it has no {', '.join(sorted(lacking))}; remove it, and the "
-                "run begins anew"
-            )
-        run = self._run()
-        if different := sorted(key for key in run | state["run"] if run.get(key) != state["run"].get(key)):
-            raise InputError(
-                f"{path} is the checkpoint of another run: it differs in {', '.join(different)}; remove it, and the "
-                "run begins anew"
-            )
         for name, trained in self.trained.items():
             trained.load(state["policies"][name], self.folder / "states" / f"{state['step']:06}" / name)
         self._done, self._base, self._best = state["step"], state["base"], state["best"]
