@@ -9,28 +9,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turnwise.analysis.statistics import Estimate, bootstrap, pass_at
+from turnwise.environments.environment import Outcome
 from turnwise.environments.episode import Episode
 from turnwise.environments.transcript import Step
 from turnwise.protocols.graph import GraphProtocol
 from turnwise.protocols.protocol import ReasoningProtocol
 from turnwise.protocols.rewards import Format
-from turnwise.rl.summary import Summary, accuracy_efficiency_score, summarise, wilson
+from turnwise.rl.summary import summarise, wilson
 
 Table = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Figures over finished episodes; `summary` has those that need no interval.
+    """Figures over finished episodes; those that an exception ended are counted in `failed` and in nothing else.
 
     `samples` is how many each problem has, over all `seeds` (the fewest, where some failed). `accuracy` is avg@k: the
     mean over problems of the share of their samples that are right; `by_seed` the same for each seed. `pass_at` has
-    pass@k for powers of two up to `samples`, and for `samples`. `tokens_per_right` is all sampled tokens over the
-    number of right answers (None: nothing was right). Of all turns, `cut_off` is the share that the token budget ended,
-    and `ill_formed` the share of the others that `breaks_form` finds fault with (None where the form is not known).
+    pass@k for powers of two up to `samples`, and for `samples`. `tokens` are sampled tokens an episode, `seat_tokens`
+    those of each seat, `tokens_per_right` those of all episodes over the number of right ones (None: nothing was
+    right). `turns`, `think_share` and `outcomes` are as in a `Summary`. Of all turns, `cut_off` is the share that the
+    token budget ended, and `ill_formed` the share that `breaks_form` finds fault with (None: the form is not known).
     """
 
-    summary: Summary
+    episodes: int
+    failed: int
     problems: int
     samples: int
     seeds: tuple[int, ...]
@@ -38,7 +41,11 @@ class Evaluation:
     by_seed: Mapping[int, float]
     pass_at: Mapping[int, Estimate]
     tokens: Estimate
+    seat_tokens: Mapping[str, float]
     tokens_per_right: Estimate | None
+    turns: float
+    think_share: float | None
+    outcomes: Mapping[Outcome, int]
     cut_off: float
     ill_formed: float | None
 
@@ -47,12 +54,12 @@ class Evaluation:
 class Difference:
     """What a run is worth beside the one called `baseline`: accuracy and tokens less its own, and AES against it.
 
-    `paired` says that both met the same problems, which were then drawn together. AES is None where the baseline got
-    nothing right.
+    All of it is over the `problems` that both have met, each drawn with what both made of it (a paired bootstrap). AES
+    is as in `turnwise.rl.summary.accuracy_efficiency_score`; None where the baseline got nothing right.
     """
 
     baseline: str
-    paired: bool
+    problems: int
     accuracy: Estimate
     tokens: Estimate
     aes: Estimate | None
@@ -75,13 +82,15 @@ def evaluate(episodes: Iterable[Episode], protocol: ReasoningProtocol | None = N
     ks = sorted({samples, *(2**power for power in range(1, 12) if 2**power <= samples)} - {1})
     chances = {k: [pass_at(k, len(group), sum(one.right for one in group)) for group in groups] for k in ks}
     steps = [step for group in groups for episode in group for step in episode.transcript.steps]
+    turns = len(steps) or 1
     control = protocol.control_states if protocol else frozenset[str]()
     cut_off = [step for step in steps if _cut_off(step, control)]
     ill_formed = None
     if isinstance(protocol, GraphProtocol):
-        ill_formed = sum(breaks_form(protocol, step) for step in steps) / len(steps)
+        ill_formed = sum(breaks_form(protocol, step) for step in steps) / turns
     return Evaluation(
-        summary=summary,
+        episodes=summary.episodes,
+        failed=summary.failed,
         problems=len(groups),
         samples=samples,
         seeds=tuple(sorted(by_seed)),
@@ -89,52 +98,39 @@ def evaluate(episodes: Iterable[Episode], protocol: ReasoningProtocol | None = N
         by_seed={seed: fmean(by_seed[seed]) for seed in sorted(by_seed)},
         pass_at={k: _share(shares) for k, shares in chances.items()},
         tokens=bootstrap(lambda sums: sums[..., 1] / sums[..., 2], table),
+        seat_tokens=summary.seat_tokens,
         tokens_per_right=bootstrap(lambda sums: sums[..., 1] / sums[..., 0], table) if table[:, 0].any() else None,
-        cut_off=len(cut_off) / len(steps),
+        turns=summary.turns,
+        think_share=summary.think_share,
+        outcomes=summary.outcomes,
+        cut_off=len(cut_off) / turns,
         ill_formed=ill_formed,
     )
 
 
 def difference(episodes: Sequence[Episode], base: Sequence[Episode], *, baseline: str) -> Difference:
-    """A run beside a baseline, paired where both have finished episodes on the same problems."""
+    """A run beside a baseline, on those problems of which both have finished episodes.
+
+    Raises ValueError where there are none.
+    """
     ours, theirs = _by_id(episodes), _by_id(base)
-    paired = ours.keys() == theirs.keys()
-    if paired:
-        groups = [np.hstack([_table(ours), _table({id_: theirs[id_] for id_ in ours})])]
-    else:
-        groups = [_table(ours), _table(theirs)]
+    common = [id_ for id_ in ours if id_ in theirs]
+    if not common:
+        raise ValueError(f"the run and {baseline} have no problem in common")
+    # Columns: our accuracy and tokens, 1 to count problems, and the same of the baseline.
+    table = np.hstack([_table({id_: groups[id_] for id_ in common}) for groups in (ours, theirs)])
 
-    def means(sums: tuple[Table, ...]) -> tuple[Table, Table, Table, Table]:
-        """Accuracy and tokens, ours and then theirs."""
-        both = np.concatenate(sums, axis=-1)
-        right, tokens, problems, base_right, base_tokens, base_problems = np.moveaxis(both, -1, 0)
-        return right / problems, tokens / problems, base_right / base_problems, base_tokens / base_problems
+    def aes(sums: Table) -> Table:
+        shorter = (sums[..., 4] - sums[..., 1]) / sums[..., 4]
+        gained = (sums[..., 0] - sums[..., 3]) / sums[..., 3]
+        return shorter + np.where(gained >= 0, 3, 5) * gained
 
-    def accuracy(*sums: Table) -> Table:
-        right, _, base_right, _ = means(sums)
-        return right - base_right
-
-    def tokens(*sums: Table) -> Table:
-        _, tokens, _, base_tokens = means(sums)
-        return tokens - base_tokens
-
-    def aes(*sums: Table) -> Table:
-        right, tokens, base_right, base_tokens = (np.atleast_1d(mean) for mean in means(sums))
-        scores = [
-            accuracy_efficiency_score(a, t, base_accuracy=b, base_tokens=n) if b and n else np.nan
-            for a, t, b, n in zip(
-                right.tolist(), tokens.tolist(), base_right.tolist(), base_tokens.tolist(), strict=True
-            )
-        ]
-        return np.array(scores).reshape(sums[0].shape[:-1])
-
-    anything_right = any(episode.right for episode in base)
     return Difference(
         baseline=baseline,
-        paired=paired,
-        accuracy=bootstrap(accuracy, *groups),
-        tokens=bootstrap(tokens, *groups),
-        aes=bootstrap(aes, *groups) if anything_right else None,
+        problems=len(common),
+        accuracy=_change(table[:, 0], table[:, 3]),
+        tokens=bootstrap(lambda sums: (sums[..., 1] - sums[..., 4]) / sums[..., 2], table),
+        aes=bootstrap(aes, table) if table[:, 3].any() and table[:, 4].all() else None,
     )
 
 
@@ -154,6 +150,18 @@ def breaks_form(protocol: GraphProtocol, step: Step) -> bool:
         return True
     forms = (weighted.term for weighted in protocol.reward.weighted)
     return any(isinstance(form, Format) and step.seat in form.tags and not form.well_formed(step) for form in forms)
+
+
+def _change(ours: Table, theirs: Table) -> Estimate:
+    """The mean difference of two shares in [0, 1] over problems.
+
+    Where there is none on any problem, drawing them again tells nothing: then the interval is as wide as the share of
+    problems, by Wilson, on which there may yet be one.
+    """
+    if (ours == theirs).all():
+        apart = wilson(0, len(ours))[1]
+        return Estimate(0.0, -apart, apart)
+    return bootstrap(lambda sums: sums[..., 0] / sums[..., 1], np.column_stack([ours - theirs, np.ones(len(ours))]))
 
 
 def _cut_off(step: Step, control_states: Collection[str]) -> bool:

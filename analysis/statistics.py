@@ -1,7 +1,8 @@
 """pass@k, and bootstrap intervals for which problems are drawn again, each with all of its samples."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import comb, sqrt
 from statistics import NormalDist
 
@@ -11,11 +12,11 @@ from numpy.typing import NDArray
 Sums = NDArray[np.float64]
 """Of each column, its sum over problems; in front of the columns, any further axes."""
 
-Statistic = Callable[..., NDArray[np.float64]]
-"""From the sums of each group to a figure, for all further axes at once."""
+Statistic = Callable[[Sums], NDArray[np.float64]]
+"""From the sums to a figure, for all further axes at once."""
 
 RESAMPLES = 2000
-_TOGETHER = 2**20  # draws in memory at a time
+_TOGETHER = 2**20  # numbers of double precision in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,45 +40,48 @@ def pass_at(k: int, samples: int, right: int) -> float:
 
 
 def bootstrap(
-    statistic: Statistic, *groups: NDArray[np.float64], seed: int = 0, resamples: int = RESAMPLES
+    statistic: Statistic, table: NDArray[np.float64], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Estimate:
-    """A figure of one or several groups of problems, with its 95% interval.
+    """A figure of some problems, with its 95% interval.
 
-    A group has a row for each problem and a column for each thing that is summed over problems; `statistic` gets the
-    sums of each group. Problems of one group are drawn together, so what two teams came to on the same problems goes
-    into one group, as further columns: that is the paired bootstrap. Several groups are drawn independently.
+    The table has a row for each problem and a column for each thing that is summed over problems; `statistic` gets the
+    sums. What two teams came to on the same problems goes into one table: that is the paired bootstrap.
 
     The interval is the expanded percentile one (Hesterberg 2015, arXiv 1411.5279, §5.3): as wide as Student's for so
     many problems, where the plain percentiles are too narrow for few. Resamples that the statistic is not finite for
     (nothing was right, say) are left out.
     """
-    if not groups or not all(len(group) for group in groups):
-        raise ValueError("a bootstrap needs at least one problem in each group")
-    value = float(statistic(*(group.sum(axis=0) for group in groups)))
-    drawn = np.concatenate(list(_drawn(statistic, groups, seed, resamples)))
+    if not len(table):
+        raise ValueError("a bootstrap needs at least one problem")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value, drawn = float(statistic(table.sum(axis=0))), statistic(_drawn(table, seed, resamples))
     finite = drawn[np.isfinite(drawn)]
     if not len(finite):
         return Estimate(value, value, value)
-    tail = _tail(min(map(len, groups)))
+    tail = _tail(len(table))
     low, high = np.quantile(finite, [tail, 1 - tail])
     return Estimate(value, float(low), float(high))
 
 
-def _drawn(
-    statistic: Statistic, groups: tuple[NDArray[np.float64], ...], seed: int, resamples: int
-) -> Iterator[NDArray[np.float64]]:
-    rng = np.random.default_rng(seed)
-    together = max(1, _TOGETHER // sum(map(len, groups)))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        for start in range(0, resamples, together):
-            count = min(together, resamples - start)
-            yield statistic(*(_times_drawn(rng, len(group), count) @ group for group in groups))
+def _drawn(table: NDArray[np.float64], seed: int, resamples: int) -> Sums:
+    """The sums of each resample."""
+    times = _times_drawn(len(table), seed, resamples)
+    together = max(1, _TOGETHER // len(table))
+    parts = [times[start : start + together] @ table for start in range(0, resamples, together)]
+    return np.concatenate(parts)
 
 
-def _times_drawn(rng: np.random.Generator, problems: int, resamples: int) -> NDArray[np.float64]:
+@lru_cache(maxsize=2)  # figures of the same problems follow each other
+def _times_drawn(problems: int, seed: int, resamples: int) -> NDArray[np.uint16]:
     """How often each problem (column) is in each resample (row)."""
-    chosen = rng.integers(problems, size=(resamples, problems)) + problems * np.arange(resamples)[:, None]
-    return np.bincount(chosen.ravel(), minlength=chosen.size).reshape(chosen.shape).astype(np.float64)
+    rng, parts = np.random.default_rng(seed), []
+    together = max(1, _TOGETHER // problems)
+    for start in range(0, resamples, together):
+        rows = np.arange(min(together, resamples - start))[:, None]
+        cells = rng.integers(problems, size=(len(rows), problems)) + problems * rows
+        times = np.bincount(cells.ravel(), minlength=cells.size).reshape(cells.shape)
+        parts.append(times.astype(np.uint16))
+    return np.concatenate(parts)
 
 
 def _tail(problems: int) -> float:

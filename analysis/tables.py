@@ -95,26 +95,34 @@ def left_out(dropped: Sequence[Dropped], *, kept: int, title: str = "Chains left
 
 def evaluations(runs: Mapping[str, Evaluation], *, title: str = "", caption: str = "") -> Table:
     """One row a run: avg@k, pass@k and tokens with their 95% intervals, tokens of each seat, turns, think share."""
-    seats = sorted({seat for run in runs.values() for seat in run.summary.seat_tokens})
-    routed = any(run.summary.think_share is not None for run in runs.values())
+    seats = sorted({seat for run in runs.values() for seat in run.seat_tokens})
+    routed = any(run.think_share is not None for run in runs.values())
     ks = sorted({max(run.pass_at) for run in runs.values() if run.pass_at})
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column("")
-    headings = ["right", "95% interval", *(f"pass@{k}" for k in ks), "tokens", "95% interval", "per right answer"]
+    headings = [
+        "samples",
+        "right",
+        "95% interval",
+        *(f"pass@{k}" for k in ks),
+        "tokens",
+        "95% interval",
+        "per right answer",
+    ]
     headings += [*(seats if len(seats) > 1 else []), "turns", *(["thinks"] if routed else [])]
     for heading in headings:
         table.add_column(heading, justify="right")
     for name, run in runs.items():
-        cells = [f"{run.accuracy.value:.1%}", _between(run.accuracy, ".1%")]
+        cells = [f"{run.samples} × {run.problems}", f"{run.accuracy.value:.1%}", _between(run.accuracy, ".1%")]
         cells += [f"{run.pass_at[k].value:.1%}" if k in run.pass_at else "" for k in ks]
         cells += [f"{run.tokens.value:.1f}", _between(run.tokens, ".1f")]
         cells.append(f"{run.tokens_per_right.value:.1f}" if run.tokens_per_right else "")
         if len(seats) > 1:
-            spoken = run.summary.seat_tokens
+            spoken = run.seat_tokens
             cells += [f"{spoken[seat]:.1f}" if seat in spoken else "" for seat in seats]
-        cells.append(f"{run.summary.turns:.1f}")
+        cells.append(f"{run.turns:.1f}")
         if routed:
-            cells.append("" if run.summary.think_share is None else f"{run.summary.think_share:.0%}")
+            cells.append("" if run.think_share is None else f"{run.think_share:.0%}")
         table.add_row(escape(name), *cells)
     return table
 
@@ -126,24 +134,27 @@ def endings(runs: Mapping[str, Evaluation]) -> Table:
     for heading in [*map(str, Outcome), "failed", "cut off", "ill-formed"]:
         table.add_column(heading, justify="right")
     for name, run in runs.items():
-        counts = [str(run.summary.outcomes.get(outcome, 0)) for outcome in Outcome]
+        counts = [str(run.outcomes.get(outcome, 0)) for outcome in Outcome]
         ill_formed = "" if run.ill_formed is None else f"{run.ill_formed:.1%}"
-        table.add_row(escape(name), *counts, str(run.summary.failed), f"{run.cut_off:.1%}", ill_formed)
+        table.add_row(escape(name), *counts, str(run.failed), f"{run.cut_off:.1%}", ill_formed)
     return table
 
 
 def differences(found: Mapping[str, Difference]) -> Table:
-    """One row a run: what it has more or less than its baseline, each with its 95% interval, and AES against it."""
+    """One row a run: what it has more or less than its baseline, each with its 95% interval, and AES against it.
+
+    It is over the problems that both have met.
+    """
     baseline = next(iter(found.values())).baseline
     table = Table(title=f"Against {escape(baseline)}", title_justify="left")
     table.add_column("")
-    for heading in ("right", "95% interval", "tokens", "95% interval", "AES", "95% interval", "drawn"):
+    for heading in ("right", "95% interval", "tokens", "95% interval", "AES", "95% interval", "problems"):
         table.add_column(heading, justify="right")
     for name, one in found.items():
         aes = ("", "") if one.aes is None else (f"{one.aes.value:+.2f}", _between(one.aes, "+.2f"))
         table.add_row(
             escape(name), f"{one.accuracy.value:+.1%}", _between(one.accuracy, "+.1%"), f"{one.tokens.value:+.1f}",
-            _between(one.tokens, "+.1f"), *aes, "in pairs" if one.paired else "apart",
+            _between(one.tokens, "+.1f"), *aes, str(one.problems),
         )  # fmt: skip
     return table
 

@@ -154,8 +154,7 @@ def evaluate_entries(
 
 def show_evaluation(result: Result, runs: Mapping[str, Sequence[Episode]], console: Console) -> None:
     """Prints the result as tables: each run, how it ended, by level, against the baseline, and the papers' figures."""
-    sampled = sorted({f"{run.samples} × {run.problems}" for run in result.runs.values()})
-    title = f"{result.problems} problems of {result.benchmark}; samples × problems: {', '.join(sampled)}"
+    title = f"{result.problems} problems of {result.benchmark}"
     console.print(evaluations(result.runs, title=title, caption=f"tokens: {result.tokens}, an episode"))
     console.print(endings(result.runs))
     if len({episode.transcript.problem.level for episodes in runs.values() for episode in episodes}) > 1:

@@ -3,7 +3,7 @@
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import module_from_spec, spec_from_file_location
@@ -16,6 +16,7 @@ from turnwise.agents.agent import Agent
 from turnwise.agents.scripted import ScriptedAgent
 from turnwise.agents.team import EngineName, open_team
 from turnwise.agents.tiny import LONG, NOVICE, ROUTER, SHORT
+from turnwise.command import load_quietly
 from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
 from turnwise.protocols.debate import Debate, Panel
@@ -90,6 +91,8 @@ def seated(named: Mapping[str, str], sampling: Sampling) -> Iterator[dict[str, A
     if not models:
         yield scripted
         return
+    with suppress(ModuleNotFoundError):  # of which `open_team` tells
+        load_quietly()
     with open_team(
         models, engine=sampling.engine, temperature=sampling.temperature, device=sampling.device, urls=sampling.urls,
         key_variable=sampling.key_variable, cache_gigabytes=sampling.cache_gigabytes, context=sampling.context,
