@@ -118,12 +118,8 @@ def play(
     sampling = Sampling(engine, temperature, device, tuple(url or ()), key_variable, cache_gigabytes, context)
     with open_grader(answer_marker) as grader, seated(named, sampling) as team:
         environment = open_environment(problems, grader, number=number, seed=0)
-        run: dict[str, str | int | float] = {
-            "protocol": played.fingerprint,
-            "problems": environment.name,
-            "seed": seed,
-            **named,
-        }
+        run = _settings(named, engine, temperature) | {"answer_marker": answer_marker or ""}
+        run |= {"protocol": played.fingerprint, "problems": environment.name, "seed": seed}
         with EpisodeStore(output, run) if output else nullcontext() as store:
             episodes = play_live(played, team, environment, Console(stderr=as_json), seed=seed, store=store)
     if as_json:
@@ -214,13 +210,26 @@ def evaluate(
         else:
             sampling = Sampling(engine, temperature, device, tuple(url or ()), key_variable, cache_gigabytes, context)
             team = opened.enter_context(seated(named, sampling))
-            settings: dict[str, str | int | float] = {**named, "engine": engine, "temperature": temperature}
+            settings = _settings(named, engine, temperature)
             entries = [Entry(protocol, played, team, samples or 1, seed or [0], settings)]
-        result, runs = evaluate_entries(entries, environment, console, baseline=baseline, output=output, tokens=tokens)
+        result, runs = evaluate_entries(
+            entries,
+            environment,
+            console,
+            baseline=baseline,
+            output=output,
+            tokens=tokens,
+            answer_marker=answer_marker or "",
+        )
     if as_json:
         typer.echo(result.json, nl=False)
     else:
         show_evaluation(result, runs, console)
+
+
+def _settings(named: dict[str, str], engine: str, temperature: float) -> dict[str, str | int | float]:
+    """What must be equal where a run is resumed, besides protocol, problems and seed."""
+    return {**{f"seat {seat}": who for seat, who in named.items()}, "engine": engine, "temperature": temperature}
 
 
 @app.command("audit")

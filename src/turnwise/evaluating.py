@@ -1,5 +1,6 @@
 """Teams on a benchmark: played or replayed, seed by seed, in a folder that can be resumed, and held against another."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -71,10 +72,11 @@ def solution_entries(
     if len(protocol.seats) != 1:
         raise InputError(f"stored solutions fill one seat; the protocol has {', '.join(protocol.seats)}: name another")
     count_tokens = count_words if tokenizer is None else _counter(tokenizer)
-    entries = []
-    for model, answers in read_answers(path, environment.problems).items():
+    entries, read = [], read_answers(path, environment.problems)
+    digest = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+    for model, answers in read.items():
         team = dict.fromkeys(protocol.seats, answering(answers, model, count_tokens=count_tokens))
-        settings = {"solutions": path.name, "model": model, "tokenizer": tokenizer or ""}
+        settings = {"solutions": f"{path.name} {digest}", "model": model, "tokenizer": tokenizer or ""}
         fewest = min(map(len, answers.values()))
         entries.append(Entry(model, protocol, team, samples or fewest, (0,), settings))
     return entries
@@ -114,36 +116,33 @@ def evaluate_entries(
     baseline: str | None = None,
     output: Path | None = None,
     tokens: str = "sampled tokens",
+    answer_marker: str = "",
 ) -> tuple[Result, dict[str, list[Episode]]]:
     """Plays what is missing, and says what all of it came to; with an `output` folder, in its `evaluation.json` too.
 
     The folder gets an episode store for each seed, `seed-0` and so on, after an entry's name where there are several.
-    `baseline` is the name of an entry, or the folder of an earlier run. `tokens` says what was counted.
+    `baseline` is the name of an entry, or the folder of an earlier run. `tokens` says what was counted, and
+    `answer_marker` how answers are found, so that a run is not resumed with another.
     """
-    played = {entry.name: _played(entry, environment, console, output, len(entries) > 1) for entry in entries}
     protocols = {entry.name: entry.protocol for entry in entries}
-    held_against = dict[str, list[Episode]]()
-    if baseline is not None and baseline in played:
-        held_against = {baseline: played[baseline]}
-    elif baseline is not None:
-        if not Path(baseline).is_dir():
-            raise InputError(
-                f"a baseline is one of {', '.join(played)}, or the folder of an earlier run; got {baseline}"
-            )
-        held_against = {baseline: in_order(environment, stored_episodes(Path(baseline)))}
-        if not held_against[baseline]:
-            raise InputError(f"{baseline} holds no episode on these problems of {environment.name}")
-    runs = played | held_against
+    earlier = dict[str, list[Episode]]()
+    if baseline is not None and baseline not in protocols:
+        earlier = {baseline: _baseline(baseline, list(protocols), environment)}
+    runs = dict[str, list[Episode]]()
+    for entry in entries:
+        settings = {**entry.settings, "answer_marker": answer_marker}
+        called = f"{entry.name.replace('/', '-')} " if len(entries) > 1 else ""
+        runs[entry.name] = _played(entry, called, environment, console, output, settings)
+    runs |= earlier
     found = Result(
         benchmark=environment.name,
         problems=len(environment.problems),
         tokens=tokens,
         runs={name: evaluate(episodes, protocols.get(name)) for name, episodes in runs.items()},
         differences={
-            name: difference(episodes, base, baseline=against)
-            for against, base in held_against.items()
+            name: difference(episodes, runs[baseline], baseline=baseline)
             for name, episodes in runs.items()
-            if name != against
+            if baseline is not None and name != baseline
         },
         printed=printed_for(environment.name),
     )
@@ -165,15 +164,29 @@ def show_evaluation(result: Result, runs: Mapping[str, Sequence[Episode]], conso
         console.print(printed_results(result.printed, result.benchmark))
 
 
+def _baseline(folder: str, entries: Sequence[str], environment: Environment) -> list[Episode]:
+    if not Path(folder).is_dir():
+        raise InputError(f"a baseline is one of {', '.join(entries)}, or the folder of an earlier run; got {folder}")
+    episodes = in_order(environment, stored_episodes(Path(folder)))
+    if not episodes:
+        raise InputError(f"{folder} holds no episode on these problems of {environment.name}")
+    return episodes
+
+
 def _played(
-    entry: Entry, environment: Environment, console: Console, output: Path | None, several: bool
+    entry: Entry,
+    called: str,
+    environment: Environment,
+    console: Console,
+    output: Path | None,
+    settings: dict[str, str | int | float],
 ) -> list[Episode]:
     """The episodes of an entry, of all its seeds."""
-    episodes, called = list[Episode](), f"{entry.name.replace('/', '-')} " if several else ""
+    episodes = list[Episode]()
     for seed in entry.seeds:
         of_seed = play_shown(
             f"{called}seed {seed}", entry.protocol, entry.team, environment, console,
-            seed=seed, samples=entry.samples, output=output, settings=dict(entry.settings),
+            seed=seed, samples=entry.samples, output=output, settings=settings,
         )  # fmt: skip
         episodes += (episode for episode in of_seed if episode.sample < entry.samples)
     return episodes
