@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import islice, zip_longest
 from math import inf
 from pathlib import Path
+from typing import Annotated
 
 import orjson
 import torch
@@ -200,7 +201,7 @@ def _batch_faults(samples: Sequence[Sample]) -> Iterator[str]:
             yield f"{id}, all turns ({seat}): weight: {weight:.6g} in a mean over {len(weighed)} episodes"
 
 
-def main(folder: Path, tokenizer: Path | None = None, as_json: bool = False) -> None:
+def main(folder: Path, tokenizer: Path | None = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """Proves that what trains is exactly what was sampled, in each episode store in FOLDER; exit code 1 if it is not.
 
     With the folder of the run's tokenizer, it also proves that nothing was tokenised a second time.

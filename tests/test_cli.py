@@ -206,7 +206,7 @@ def test_solutions(tmp_path: Path) -> None:
     assert runs["one"]["outcomes"] == {"right": 1, "wrong": 7}
     # "so #### 1" is three words, and "so #### two things" four
     assert runs["one"]["tokens"] == {"value": 3.5, "low": 3.5, "high": 3.5}
-    assert "one has no stored solution" in refused(*flags, "--samples", "3")
+    assert "good has no stored solution" in refused(*flags, "--samples", "3")
 
 
 def test_tokens_of_solutions(tmp_path: Path) -> None:
