@@ -20,7 +20,9 @@ from dataclasses import dataclass, fields, replace
 from itertools import islice, zip_longest
 from math import inf
 from pathlib import Path
+from typing import Annotated
 
+import orjson
 import torch
 import typer
 from rich.console import Console
@@ -202,10 +204,12 @@ def _batch_faults(samples: Sequence[Sample]) -> Iterator[str]:
             yield f"{id}, all turns ({seat}): weight: {weight:.6g} in a mean over {len(weighed)} episodes"
 
 
-def main(folder: Path, tokenizer: Path | None = None) -> None:
+def main(folder: Path, tokenizer: Path | None = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """Proves that what trains is exactly what was sampled, in each episode store in FOLDER; exit code 1 if it is not.
 
     With the folder of the run's tokenizer, it also proves that nothing was tokenised a second time.
+
+    `as_json` prints the `Audit` as JSON.
     """
     try:
         reader = None if tokenizer is None else load_tokenizer(tokenizer)
@@ -220,6 +224,9 @@ def main(folder: Path, tokenizer: Path | None = None) -> None:
         raise InputError(f"{folder} holds no episodes; name the folder of an episode store or of a training run")
     if reader is not None and not total.decoded_turns:
         raise InputError(f"no turn in {folder} was sampled with the tokenizer in {tokenizer}; name the run's own")
+    if as_json:
+        typer.echo(orjson.dumps(total, option=orjson.OPT_INDENT_2))
+        raise typer.Exit(bool(total.faults))
     console, table = Console(), Table(title=f"{folder}, stores: {len(stores)}", title_justify="left", show_header=False)
     for field in fields(total)[:-1]:
         table.add_row(field.name.replace("_", " "), f"{getattr(total, field.name):>9,}")

@@ -6,6 +6,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from turnwise.analysis.control import Control
+from turnwise.analysis.evaluation import Difference, Evaluation
+from turnwise.analysis.papers import Printed
+from turnwise.analysis.statistics import Estimate
+from turnwise.environments.environment import Outcome
 from turnwise.environments.episode import Episode
 from turnwise.rl.cold_start.thoughts import Dropped
 from turnwise.rl.summary import Summary, accuracy_efficiency_score, by_level, summarise
@@ -49,7 +53,7 @@ def levels(runs: Mapping[str, Sequence[Episode]], *, title: str = "") -> Table:
     return table
 
 
-def evaluations(logged: Mapping[str, Mapping[str, float]], *, title: str = "") -> Table:
+def evaluations_logged(logged: Mapping[str, Mapping[str, float]], *, title: str = "") -> Table:
     """One row an evaluation of a training run, of the figures that were logged with it; AES is against the first."""
     from turnwise.rl.metrics import SHARE  # torch: only where something was trained
 
@@ -105,6 +109,94 @@ def left_out(dropped: Sequence[Dropped], *, kept: int, title: str = "Chains left
     for (stage, reason), ids in found.items():
         table.add_row(stage, escape(reason), str(len(ids)), escape(ids[0]))
     return table
+
+
+def evaluations(runs: Mapping[str, Evaluation], *, title: str = "", caption: str = "") -> Table:
+    """One row a run: avg@k, pass@k and tokens with their 95% intervals, tokens of each seat, turns, think share."""
+    seats = sorted({seat for run in runs.values() for seat in run.seat_tokens})
+    routed = any(run.think_share is not None for run in runs.values())
+    ks = sorted({max(run.pass_at) for run in runs.values() if run.pass_at})
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table.add_column("")
+    headings = [
+        "samples",
+        "right",
+        "95% interval",
+        *(f"pass@{k}" for k in ks),
+        "tokens",
+        "95% interval",
+        "per right answer",
+    ]
+    headings += [*(seats if len(seats) > 1 else []), "turns", *(["thinks"] if routed else [])]
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for name, run in runs.items():
+        cells = [f"{run.samples} × {run.problems}", f"{run.accuracy.value:.1%}", _between(run.accuracy, ".1%")]
+        cells += [f"{run.pass_at[k].value:.1%}" if k in run.pass_at else "" for k in ks]
+        cells += [f"{run.tokens.value:.1f}", _between(run.tokens, ".1f")]
+        cells.append(f"{run.tokens_per_right.value:.1f}" if run.tokens_per_right else "")
+        if len(seats) > 1:
+            spoken = run.seat_tokens
+            cells += [f"{spoken[seat]:.1f}" if seat in spoken else "" for seat in seats]
+        cells.append(f"{run.turns:.1f}")
+        if routed:
+            cells.append("" if run.think_share is None else f"{run.think_share:.0%}")
+        table.add_row(escape(name), *cells)
+    return table
+
+
+def endings(runs: Mapping[str, Evaluation]) -> Table:
+    """One row a run: how many episodes ended in each outcome, and what share of the turns was cut off or ill-formed."""
+    table = Table(title="How it ended: episodes, and turns", title_justify="left")
+    table.add_column("")
+    for heading in [*map(str, Outcome), "failed", "cut off", "ill-formed"]:
+        table.add_column(heading, justify="right")
+    for name, run in runs.items():
+        counts = [str(run.outcomes.get(outcome, 0)) for outcome in Outcome]
+        ill_formed = "" if run.ill_formed is None else f"{run.ill_formed:.1%}"
+        table.add_row(escape(name), *counts, str(run.failed), f"{run.cut_off:.1%}", ill_formed)
+    return table
+
+
+def differences(found: Mapping[str, Difference]) -> Table:
+    """One row a run: what it has more or less than its baseline, each with its 95% interval, and AES against it.
+
+    It is over the problems that both have met.
+    """
+    baseline = next(iter(found.values())).baseline
+    table = Table(title=f"Against {escape(baseline)}", title_justify="left")
+    table.add_column("")
+    for heading in ("right", "95% interval", "tokens", "95% interval", "AES", "95% interval", "problems"):
+        table.add_column(heading, justify="right")
+    for name, one in found.items():
+        aes = ("", "") if one.aes is None else (f"{one.aes.value:+.2f}", _between(one.aes, "+.2f"))
+        table.add_row(
+            escape(name), f"{one.accuracy.value:+.1%}", _between(one.accuracy, "+.1%"), f"{one.tokens.value:+.1f}",
+            _between(one.tokens, "+.1f"), *aes, str(one.problems),
+        )  # fmt: skip
+    return table
+
+
+def printed_results(rows: Sequence[Printed], benchmark: str) -> Table:
+    """What the papers print of a benchmark, one row a system.
+
+    Long⊗Short prints the length over all of its five benchmarks only, and AES over these.
+    """
+    table = Table(title=f"The papers' own figures on {benchmark}", title_justify="left")
+    for heading in ("paper", "system", "right", "tokens", "thinks", "length, all five", "AES, all five"):
+        table.add_column(heading, justify="left" if heading in ("paper", "system") else "right")
+    for row in rows:
+        tokens, thinks = row.tokens.get(benchmark), row.thinks.get(benchmark)
+        table.add_row(
+            row.paper, row.system, f"{row.accuracy[benchmark]:.1%}", "" if tokens is None else f"{tokens:.0f}",
+            "" if thinks is None else f"{thinks:.0%}", "" if row.length is None else f"{row.length:.0f}",
+            "" if row.aes is None else f"{row.aes:+.2f}",
+        )  # fmt: skip
+    return table
+
+
+def _between(estimate: Estimate, form: str) -> str:
+    return f"{estimate.low:{form}} to {estimate.high:{form}}"
 
 
 def _aes(summary: Summary, base: Summary) -> str:

@@ -33,9 +33,7 @@ def run_configured(main: Callable[[C], None], config: type[C]) -> None:
 
     def configured() -> None:
         settings = read_config(config, sys.argv[1:])
-        from transformers.utils import logging  # slow to import: `--help` need not wait for it
-
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one a file would drown the line of training
+        load_quietly()
         main(settings)
 
     run_app(configured)
@@ -84,6 +82,13 @@ def read_config(config: type[C], arguments: list[str], *, program: str | None = 
     except SettingsError as error:
         raise InputError(f"{error}; --help lists all flags") from None
     return config(**{name: getattr(read, name) for name in config.model_fields})
+
+
+def load_quietly() -> None:
+    """Models load without the progress bars of transformers: one a file would drown what is shown."""
+    from transformers.utils import logging  # slow to import: only where a model is loaded
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def run_app(command: Callable[[], None]) -> None:

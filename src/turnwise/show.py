@@ -15,13 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from turnwise.analysis.control import Control
-from turnwise.analysis.tables import comparison, equal_tokens, evaluations, levels, rounds_played
+from turnwise.analysis.tables import comparison, equal_tokens, evaluations_logged, levels, rounds_played
+from turnwise.environments.answers import last_boxed, last_marked
 from turnwise.environments.arithmetic import PROBLEM_SETS, Split, arithmetic
 from turnwise.environments.environment import Environment, Grader
 from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
+from turnwise.environments.math_grader import MathGrader
 from turnwise.environments.problem import Problem
 from turnwise.protocols.graph import GraphProtocol
+from turnwise.protocols.protocol import ReasoningProtocol
 from turnwise.rl.episode_store import EpisodeStore
 from turnwise.rl.rollout import Team, in_order, rollout
 from turnwise.rl.run_folder import write_whole
@@ -34,32 +37,42 @@ if TYPE_CHECKING:
     from turnwise.rl.sft import SFTSettings
     from turnwise.rl.trainer import Trainer
 
+ARITHMETIC = 96  # problems, where no number is given
 SEAT_STYLES = ("cyan", "yellow", "green", "magenta", "blue")
 
 
-def open_environment(problems: str, grader: Grader, *, number: int, seed: int, split: Split = "test") -> Environment:
+def open_grader(answer_marker: str | None = None) -> MathGrader:
+    """Grades what is in the last box, or what stands behind the last `answer_marker`."""
+    return MathGrader(extract=last_boxed if answer_marker is None else partial(last_marked, marker=answer_marker))
+
+
+def open_environment(
+    problems: str, grader: Grader, *, number: int | None, seed: int, split: Split = "test"
+) -> Environment:
     """An arithmetic problem set, a benchmark by its name, or a local JSONL, JSON or Parquet file.
 
-    `split` is which part of an arithmetic set; a benchmark or a file is whatever it is.
+    `BENCHMARK=FILE` is a local copy of a benchmark, with its columns. `split` is which part of an arithmetic set; a
+    benchmark or a file is whatever it is. Without a number, all problems, and of arithmetic `ARITHMETIC` of them.
 
     Raises InputError for anything else, for a file that cannot be read, and for a number below 1.
     """
-    if number < 1:
+    if number is not None and number < 1:
         raise InputError(f"the number of problems must be at least 1; got {number}")
     if problems in PROBLEM_SETS:
-        return arithmetic(grader, problem_set=problems, count=number, split=split, seed=seed)
+        return arithmetic(grader, problem_set=problems, count=number or ARITHMETIC, split=split, seed=seed)
     from turnwise.environments.benchmarks import BENCHMARKS, load_benchmark  # datasets: only if needed
 
-    if problems in BENCHMARKS:
-        loaded = load_benchmark(BENCHMARKS[problems], limit=number)
-        return Environment(problems, _told(problems, loaded), grader)
+    name, copied, source = problems.partition("=")
+    if name in BENCHMARKS:
+        loaded = load_benchmark(BENCHMARKS[name], source=source if copied else None, limit=number)
+        return Environment(name, _told(name, loaded), grader)
     if Path(problems).suffix:
         return Environment(problems, read_problems(problems, number=number), grader)
     named = ", ".join([*PROBLEM_SETS, *BENCHMARKS])
     raise InputError(f"no problems are called {problems!r}; name one of {named}, or a JSONL, JSON or Parquet file")
 
 
-def read_problems(path: str | Path, *, number: int, solution: str | None = None) -> tuple[Problem, ...]:
+def read_problems(path: str | Path, *, number: int | None, solution: str | None = None) -> tuple[Problem, ...]:
     """The first problems of a JSONL, JSON or Parquet file, and of the column `solution` what answers them.
 
     Says on stderr which were dropped. Raises InputError for a file that cannot be read.
@@ -77,7 +90,7 @@ def _told(name: str, loaded: "LoadedProblems") -> tuple[Problem, ...]:
 
 def play_shown(
     title: str,
-    protocol: GraphProtocol,
+    protocol: ReasoningProtocol,
     team: Team,
     environment: Environment,
     console: Console,
@@ -219,7 +232,7 @@ def show_trained(trainer: "Trainer", console: Console) -> None:
 
     evaluated = [figures for figures in read_metrics(trainer.folder) if "evaluation/right" in figures]
     best = max(evaluated, key=lambda figures: figures["evaluation/aes"])
-    console.print(evaluations({"before": evaluated[0], "best": best, "after": evaluated[-1]}))
+    console.print(evaluations_logged({"before": evaluated[0], "best": best, "after": evaluated[-1]}))
     console.print(f"The policies of the best evaluation are in {trainer.folder / 'best'}, of each round in ", end="")
     console.print(f"{trainer.folder / 'policies'}; all figures in {trainer.folder / 'metrics.jsonl'}.")
 
@@ -290,11 +303,18 @@ def conversation(episode: Episode) -> Panel:
     """One episode as people would read it: the problem, who said what, and how it was graded."""
     seats = list(dict.fromkeys(step.seat for step in episode.transcript.steps))
     parts = [Text(episode.transcript.problem.statement, style="bold")]
-    for step in episode.transcript.steps:
-        style = SEAT_STYLES[seats.index(step.seat) % len(SEAT_STYLES)]
-        parts.append(Text(f"{step.seat}: ", style=f"bold {style}").append(step.text.strip(), style=style))
+    parts += (said(step.seat, step.text, seats) for step in episode.transcript.steps)
+    return Panel(Group(*parts, verdict(episode)), title=episode.id, title_align="left", border_style="dim")
+
+
+def said(seat: str, text: str, seats: Sequence[str]) -> Text:
+    """What a seat said, in the colour that it has among all seats."""
+    style = SEAT_STYLES[seats.index(seat) % len(SEAT_STYLES)]
+    return Text(f"{seat}: ", style=f"bold {style}").append(text.strip(), style=style)
+
+
+def verdict(episode: Episode) -> Text:
+    """How an episode was graded, and what it took."""
     gold = episode.transcript.problem.answer
-    verdict = f"{episode.grade.outcome}, the answer is {gold}" if episode.grade else f"failed: {episode.error}"
-    verdict += f" ({episode.transcript.token_count} tokens)"
-    parts.append(Text(verdict, style="green" if episode.right else "red"))
-    return Panel(Group(*parts), title=episode.id, title_align="left", border_style="dim")
+    told = f"{episode.grade.outcome}, the answer is {gold}" if episode.grade else f"failed: {episode.error}"
+    return Text(f"{told} ({episode.transcript.token_count} tokens)", style="green" if episode.right else "red")

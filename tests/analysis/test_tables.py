@@ -2,7 +2,20 @@ from rich.console import Console
 from rich.table import Table
 
 from turnwise.analysis.control import Control
-from turnwise.analysis.tables import comparison, equal_tokens, left_out, levels, rounds_played
+from turnwise.analysis.evaluation import Difference, difference, evaluate
+from turnwise.analysis.papers import printed_for
+from turnwise.analysis.statistics import Estimate
+from turnwise.analysis.tables import (
+    comparison,
+    differences,
+    endings,
+    equal_tokens,
+    evaluations,
+    left_out,
+    levels,
+    printed_results,
+    rounds_played,
+)
 from turnwise.environments.environment import Grade, Outcome
 from turnwise.environments.episode import Episode
 from turnwise.environments.problem import Problem
@@ -130,3 +143,66 @@ def test_what_was_left_out_is_counted_by_stage_and_reason() -> None:
         ["chunking", "got '[red]'", "1", "b"],
     ]
     assert (table.title, table.caption) == ("Chains left out", "7 kept")
+
+
+class TestEvaluations:
+    def test_each_run_is_a_row(self) -> None:
+        assert rows(evaluations({"alone": evaluate(ALONE), "together [1]": evaluate(TOGETHER)}, title="Two runs")) == [
+            [
+                "", "samples", "right", "95% interval", "pass@2", "tokens", "95% interval", "per right answer", "long",
+                "short", "turns",
+            ],
+            # Of the one problem there is nothing to be drawn.
+            [
+                "alone", "2 × 1", "50.0%", "50.0% to 50.0%", "100.0%", "200.0", "200.0 to 200.0", "400.0", "200.0", "",
+                "1.0",
+            ],
+            [
+                "together [1]", "2 × 1", "100.0%", "20.7% to 100.0%", "100.0%", "52.5", "52.5 to 52.5", "52.5", "42.5",
+                "10.0", "2.5",
+            ],
+        ]  # fmt: skip
+
+    def test_one_sample_one_seat_nothing_right_and_a_mode(self) -> None:
+        wrong = evaluate([episode(("a", 10), right=False, stop="<think>")])
+        heading, row = rows(evaluations({"wrong": wrong}))
+        assert heading == [
+            "",
+            "samples",
+            "right",
+            "95% interval",
+            "tokens",
+            "95% interval",
+            "per right answer",
+            "turns",
+            "thinks",
+        ]
+        assert row[-3:] == ["", "1.0", "100%"]
+
+    def test_how_it_ended(self) -> None:
+        assert rows(endings({"alone": evaluate([*ALONE, failed(1)])})) == [
+            ["", "right", "wrong", "unparsable", "timed out", "failed", "cut off", "ill-formed"],
+            ["alone", "1", "1", "0", "0", "1", "0.0%", ""],
+        ]
+
+
+def test_each_difference_is_a_row() -> None:
+    paired = difference(TOGETHER, ALONE, baseline="alone")
+    never = Difference("alone", 7, Estimate(0.1, -0.05, 0.25), Estimate(-3.0, -5.0, -1.0), None)
+    table = differences({"together": paired, "never": never})
+    assert table.title == "Against alone"
+    assert rows(table) == [
+        ["", "right", "95% interval", "tokens", "95% interval", "AES", "95% interval", "problems"],
+        [
+            "together", "+50.0%", "+50.0% to +50.0%", "-147.5", "-147.5 to -147.5", "+3.74", "+3.74 to +3.74", "1",
+        ],
+        ["never", "+10.0%", "-5.0% to +25.0%", "-3.0", "-5.0 to -1.0", "", "", "7"],
+    ]  # fmt: skip
+
+
+def test_each_printed_result_is_a_row() -> None:
+    found = rows(printed_results(printed_for("math-500"), "math-500"))
+    assert found[0] == ["paper", "system", "right", "tokens", "thinks", "length, all five", "AES, all five"]
+    assert ["Thinkless", "Thinkless", "81.8%", "2555", "52%", "", ""] in found
+    assert ["Long⊗Short", "Qwen long-r4⊗short-r2", "89.8%", "", "", "2113", "+0.61"] in found
+    assert len(found) == 1 + 7 + 13

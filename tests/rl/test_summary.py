@@ -1,5 +1,4 @@
 import json
-from statistics import fmean
 
 import orjson
 import pytest
@@ -52,41 +51,7 @@ class TestWilson:
         assert wilson(8, 10, z=1.644854) == pytest.approx((0.5408, 0.9314), abs=5e-5)
 
 
-# Long⊗Short, table 1: MATH500, AIME24, AIME25, GPQA-Diamond, AMC23, mean length, and the AES as printed.
-QWEN = ((93.40, 53.33, 36.67, 48.98, 95.00), 24566)
-LLAMA = ((87.20, 43.33, 30.00, 49.49, 90.00), 28496)
-PRINTED = [
-    ("Qwen long only", QWEN, *QWEN, 0.0),
-    ("Qwen base", QWEN, (74.80, 16.67, 7.25, 37.88, 42.50), 1623, -1.33),
-    ("Qwen r0⊗r0", QWEN, (80.40, 26.67, 13.33, 44.44, 67.50), 7323, -0.75),
-    ("Qwen r1⊗r0", QWEN, (84.60, 36.67, 23.33, 45.45, 72.50), 2169, -0.08),
-    ("Qwen r2⊗r0", QWEN, (87.60, 43.33, 26.67, 46.46, 85.00), 2331, 0.32),
-    ("Qwen r2⊗r1", QWEN, (87.00, 33.33, 26.67, 45.96, 82.50), 2021, 0.12),
-    ("Qwen r3⊗r1", QWEN, (88.60, 43.33, 30.00, 46.96, 87.50), 2457, 0.43),
-    ("Qwen r3⊗r2", QWEN, (87.80, 43.33, 26.67, 46.96, 87.50), 2116, 0.38),
-    ("Qwen r4⊗r2", QWEN, (89.80, 46.67, 33.33, 47.97, 90.00), 2113, 0.61),
-    ("Llama long only", LLAMA, *LLAMA, 0.0),
-    ("Llama base", LLAMA, (62.80, 10.00, 6.67, 35.86, 22.50), 3713, -1.83),
-    ("Llama r0⊗r0", LLAMA, (73.40, 23.33, 16.67, 40.40, 47.50), 6611, -0.88),
-    # Printed 0.81: the one figure that the paper cut off instead of rounding it.
-    ("Llama r4⊗r2", LLAMA, (86.20, 40.00, 33.33, 46.96, 87.50), 2402, 0.8152),
-]
-
-
-class TestAccuracyEfficiencyScore:
-    @pytest.mark.parametrize(
-        ("base", "accuracies", "length", "score"), [row[1:] for row in PRINTED], ids=[row[0] for row in PRINTED]
-    )
-    def test_the_papers_table(
-        self,
-        base: tuple[tuple[float, ...], int],
-        accuracies: tuple[float, ...],
-        length: int,
-        score: float,
-    ) -> None:
-        got = accuracy_efficiency_score(fmean(accuracies), length, base_accuracy=fmean(base[0]), base_tokens=base[1])
-        assert got == pytest.approx(score, abs=0.005)
-
+class TestAccuracyEfficiencyScore:  # the papers' own are in tests/analysis/test_papers.py
     @pytest.mark.parametrize(
         ("accuracy", "tokens", "score"),
         [
