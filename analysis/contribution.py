@@ -8,7 +8,7 @@ problem, and what the seat is worth is a paired difference. The other agents mus
 import random
 import re
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from statistics import fmean
@@ -61,7 +61,8 @@ class Contribution:
     `episodes` are those that were graded in both plays, on so many `problems`; `failed` those that an exception ended
     in the second. `tokens` are sampled ones, all seats together; `seat_tokens` those of the seat, an episode, in the
     first. `reached` is the share of episodes in which the seat spoke, `empty` the share of its turns in which it said
-    nothing but tags (None: it took none). `new_tokens` had to be sampled for the second play.
+    nothing but tags (None: it took none). `new_tokens` had to be sampled for the second play. `strangers` are the other
+    seats for which a model spoke in the second play that had not in the first.
     """
 
     seat: str
@@ -75,11 +76,12 @@ class Contribution:
     reached: float
     empty: float | None
     new_tokens: int
+    strangers: tuple[str, ...] = ()
 
     @property
     def alarms(self) -> list[str]:
-        """What makes the seat look lazy, a sentence each."""
-        found = []
+        """What makes the seat look lazy, and what makes the figures doubtful, a sentence each."""
+        found = [f"{seat} was not filled by the run's model: the difference is its own, too" for seat in self.strangers]
         if self.empty is None:
             found.append(f"{self.seat} never spoke")
         elif self.empty >= EMPTY_SHARE:
@@ -157,6 +159,7 @@ def contribution(
         reached=fmean(any(step.seat == seat for step in one.transcript.steps) for one in before),
         empty=fmean(bare) if bare else None,
         new_tokens=sum(_new_tokens(protocol, seat, one, other) for one, other in pairs),
+        strangers=tuple(sorted({other for other, _ in _speakers(again.values()) - _speakers(before)} - {seat})),
     )
 
 
@@ -176,6 +179,11 @@ def _marginal(pairs: Sequence[tuple[Episode, Episode]], figure: Callable[[Episod
     low, high = paired_interval([team - without for team, without in means])
     team, without = map(fmean, zip(*means, strict=True))
     return Marginal(team, without, team - without, low, high)
+
+
+def _speakers(episodes: Iterable[Episode]) -> set[tuple[str, str]]:
+    """Each seat with each model that spoke for it."""
+    return {(step.seat, step.reply.model) for episode in episodes for step in episode.transcript.steps}
 
 
 def _turns(protocol: ReasoningProtocol, episode: Episode) -> list[Turn]:

@@ -1,10 +1,12 @@
 """The command `turnwise`. Each command imports what only it needs, so that `--help` is quick."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
 from turnwise import __version__
+from turnwise.agents.team import EngineName
 from turnwise.command import run_app
 
 app = typer.Typer(name="turnwise", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -21,6 +23,149 @@ def turnwise(
     version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True)] = False,
 ) -> None:
     """Language models reason together in turns, and are trained together to be right and brief."""
+
+
+@app.command("contribution")
+def tell_contribution(
+    run: Annotated[Path, typer.Argument(help="The folder of a run's episodes.")],
+    protocol: Annotated[str, typer.Option(help="longshort, thinkless, or FILE.py:NAME; the run's own.")] = "longshort",
+    seat: Annotated[list[str] | None, typer.Option(help="Whose contribution; by default each seat's.")] = None,
+    instead: Annotated[
+        str, typer.Option("--with", help="Who is in the seat instead: ablated (nobody), or a model or checkpoint.")
+    ] = "ablated",
+    says: Annotated[str, typer.Option(help='What an ablated seat says, such as "<think></think>".')] = "",
+    model: Annotated[list[str] | None, typer.Option(help="SEAT=MODEL; by default as the run's run.json says.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="The run's budget of each turn.")] = 512,
+    temperature: Annotated[float | None, typer.Option(help="By default the run's, or else 1.")] = None,
+    engine: Annotated[EngineName, typer.Option(help="What samples: transformers, vllm, or server.")] = "transformers",
+    url: Annotated[
+        list[str] | None, typer.Option(help="A server's base URL, or SEAT=URL; --with's is with=URL.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Of transformers.")] = "cpu",
+    cache_gigabytes: Annotated[float, typer.Option(help="What each vLLM engine takes beside its weights.")] = 1.0,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for what is played; a stopped command goes on there. RUN-contribution.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
+) -> None:
+    """Tells who mattered: plays a run again with one seat silent or filled by another model.
+
+    Only what the change can reach is played. Prints accuracy and tokens with and without the seat, 95% intervals of
+    the differences over problems, and an alarm for a lazy seat.
+
+    turnwise contribution runs/first/long⊗short --seat long --with ablated --says "<think></think>"
+
+    turnwise contribution runs/first/long⊗short --seat long --with runs/train_longshort/policies/long/r1
+    """
+    from dataclasses import asdict
+
+    import orjson
+    from rich.console import Console
+    from rich.markup import escape
+
+    from turnwise.agents.team import open_team
+    from turnwise.analysis.contribution import ABLATED, ablated
+    from turnwise.analysis.tables import contributions
+    from turnwise.environments.math_grader import MathGrader
+    from turnwise.named import models_of, protocol_named, stored_episodes
+    from turnwise.rl.run_folder import read_run
+    from turnwise.show import contribution_shown
+
+    played_by, episodes, described = (
+        protocol_named(protocol, max_tokens=max_tokens),
+        stored_episodes(run),
+        read_run(run),
+    )
+    seats = seat or list(played_by.seats)
+    silent = instead == ABLATED
+    # A lone silent seat needs no model.
+    needed = [other for other in played_by.seats if seats != [other]]
+    models = models_of(needed, model or (), described) | ({} if silent else {"with": instead})
+    heat = float(described.get("temperature", 1)) if temperature is None else temperature
+    served = open_team(
+        models, engine=engine, temperature=heat, device=device, urls=url or (), cache_gigabytes=cache_gigabytes
+    )
+    folder = output or run.resolve().with_name(f"{run.resolve().name}-contribution")
+    with MathGrader() as grader, served as team:
+        in_seat = ablated(says) if silent else team.pop("with")
+        name = f"{ABLATED} {says}".strip() if silent else instead
+        found = [
+            contribution_shown(
+                played_by, team, grader, episodes, one, (name, in_seat), Console(stderr=True),
+                folder=folder, run=described,
+            )
+            for one in seats
+        ]  # fmt: skip
+    if json:
+        typer.echo(orjson.dumps([{**asdict(one), "alarms": one.alarms} for one in found], option=orjson.OPT_INDENT_2))
+        return
+    console = Console()
+    title = f"{found[0].episodes} episodes of {run.name}, with {name} in each seat"
+    console.print(contributions(found, title=escape(title)))
+    for alarm in (alarm for one in found for alarm in one.alarms):
+        console.print(alarm, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a run's episodes.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; of Inspect's it ends in .json.")],
+    to: Annotated[Literal["inspect", "parquet"], typer.Option(help="A log of Inspect's, or a Parquet file.")],
+) -> None:
+    """Writes a run's episodes as a log for inspect view, or as a Parquet file for pandas, DuckDB and the like.
+
+    turnwise export runs/first --to inspect -o logs/first.json && inspect view --log-dir logs
+    """
+    from turnwise.environments.errors import InputError
+    from turnwise.named import store_file
+
+    store_file(run)
+    if to == "inspect":
+        from turnwise.analysis.inspect_log import export_inspect
+
+        number = export_inspect(run, output)
+    else:
+        try:
+            from turnwise.rl.parquet import export_parquet
+        except ModuleNotFoundError as error:
+            raise InputError(f"Parquet needs the package {error.name}: pip install 'turnwise[data]'") from None
+
+        number = export_parquet(run, output)
+    typer.echo(f"{number} episodes are in {output}")
+
+
+@app.command("import-chats")
+def read_chats(
+    file: Annotated[Path, typer.Argument(help='JSONL, a chat a line: {"messages": [{"role", "content"}]}.')],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the run that they become.")],
+    answer_column: Annotated[str, typer.Option(help="Where a line has the gold answer, if it does.")] = "answer",
+    problem_column: Annotated[
+        str, typer.Option(help="Where it has the problem; else what comes first is.")
+    ] = "problem",
+    id_column: Annotated[str, typer.Option(help="Where it has the problem's id; else one is made up.")] = "id",
+    marker: Annotated[
+        str, typer.Option(help='What the answer stands behind, such as "####"; by default it is in a box.')
+    ] = "",
+    json: Annotated[bool, typer.Option("--json", help="The counts as JSON.")] = False,
+) -> None:
+    """Reads chat logs into a run's folder for analysis, and grades those that have a gold answer.
+
+    turnwise import-chats chats.jsonl -o runs/chats --answer-column gold --marker "####"
+    """
+    from dataclasses import asdict
+    from functools import partial
+
+    import orjson
+
+    from turnwise.analysis.chat_logs import ChatColumns, import_chats
+    from turnwise.environments.answers import last_boxed, last_marked
+    from turnwise.environments.math_grader import MathGrader
+
+    columns = ChatColumns(id=id_column, problem=problem_column, answer=answer_column)
+    with MathGrader(extract=partial(last_marked, marker=marker) if marker else last_boxed) as grader:
+        found = import_chats(file, output, grader, columns=columns)
+    told = f"{found.chats} chats are in {output}; {found.graded} graded, {found.right} of them right"
+    typer.echo(orjson.dumps(asdict(found)) if json else told)
 
 
 def main() -> None:

@@ -278,6 +278,17 @@ class TestStored:
             contribution(LongShort(), "long", "ablated", episodes, again[:1])
 
 
+def test_who_stands_in_for_another_agent_of_the_run_is_named(
+    team: dict[str, Counting], episodes: list[Episode]
+) -> None:
+    other = {"short": ScriptedAgent(lambda turn, seed: Reply("<answer> [0] </answer>", 3, model="another"))}
+    found = contribution(
+        LongShort(), "long", "ablated", episodes, branched(LongShort(), other, episodes, "long", ablated())
+    )
+    assert found.strangers == ("short",)
+    assert found.alarms == ["short was not filled by the run's model: the difference is its own, too"]
+
+
 class TestRefused:
     def test_another_protocol(self, team: dict[str, Counting], episodes: list[Episode]) -> None:
         with pytest.raises(InputError, match=r"p0#0 was not played by this protocol: they part at turn 0"):
