@@ -107,6 +107,42 @@ def tell_contribution(
 
 
 @app.command()
+def control(
+    run: Annotated[Path, typer.Argument(help="The folder of a team's episodes.")],
+    alone: Annotated[Path, typer.Option(help="That of a lone agent's on the same problems, several samples of each.")],
+    plot: Annotated[Path | None, typer.Option(help="Write accuracy over tokens to this PNG.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="The result, with all curves, as JSON.")] = False,
+) -> None:
+    """Holds a team against a lone agent with the same tokens, reckoned from stored samples.
+
+    The lone agent is cut short where its tokens are those of the team, or votes (self-consistency) as often as they
+    allow.
+
+    turnwise control runs/first/long⊗short --alone runs/first/long-alone --plot control.png
+    """
+    from dataclasses import asdict
+
+    import orjson
+    from rich.console import Console
+
+    from turnwise.analysis.control import at_all_budgets
+    from turnwise.analysis.tables import equal_tokens
+    from turnwise.named import stored_episodes
+
+    found = at_all_budgets(stored_episodes(run), stored_episodes(alone))
+    if plot is not None:
+        from turnwise.analysis.plots import accuracy_over_budgets
+
+        title = f"{found.problems} problems, {alone.name} against {run.name}"
+        accuracy_over_budgets(found, team=run.name, title=title).savefig(plot)
+    if json:
+        typer.echo(orjson.dumps(asdict(found), option=orjson.OPT_NON_STR_KEYS | orjson.OPT_INDENT_2))
+        return
+    held = {f"{alone.name}, {name}": one for name, one in found.same_tokens.items()}
+    Console().print(equal_tokens({run.name: found.team, **held}))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a run's episodes.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; of Inspect's it ends in .json.")],
