@@ -3,17 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
 OPENRLHF := .venv-openrlhf
+INSPECT := .venv-inspect
 RUN := $(VENV)/bin
 # The tiny models run best on one thread; several, on a machine with other work, only wait for each other.
 demo test bench studies: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test vllm openrlhf check bench studies tiny-models clean
+.PHONY: help demo test vllm openrlhf inspect check bench studies tiny-models clean
 
 help:
 	@echo "make demo         two tiny language models solve problems in turns"
 	@echo "make test         all tests, with coverage"
 	@echo "make vllm         the tests and the benchmark on real vLLM, on the CPU, in .venv-vllm (9 minutes, 1.9 GB)"
 	@echo "make openrlhf     the tests on real OpenRLHF, Ray and DeepSpeed, on the CPU, in .venv-openrlhf (2.2 GB)"
+	@echo "make inspect      Inspect's own loader reads what turnwise exports for it, in .venv-inspect (280 MB)"
 	@echo "make check        formatting, lint, types, layers"
 	@echo "make bench        what a turn, a token, a trained token and a rollout cost, beside other libraries"
 	@echo "make studies      both papers on a laptop: every training run behind docs/results (two to three hours)"
@@ -46,6 +48,9 @@ openrlhf: export PYTHONDONTWRITEBYTECODE :=
 openrlhf: $(OPENRLHF)/installed
 	$(OPENRLHF)/bin/python -m pytest tests/openrlhf
 
+inspect: $(INSPECT)/installed
+	$(INSPECT)/bin/python -m pytest tests/analysis/test_inspect_log.py
+
 check: $(VENV)/dev
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
@@ -67,7 +72,7 @@ tiny-models: $(VENV)/local
 	$(RUN)/python -m turnwise.rl.tiny_models runs/tiny
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(OPENRLHF) build dist
+	rm -rf $(VENV) $(VLLM) $(OPENRLHF) $(INSPECT) build dist
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("turnwise needs Python 3.11 or later; run make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -86,8 +91,9 @@ $(VENV)/%: pyproject.toml constraints.txt | $(VENV)/bin/python
 # Environments of their own, with exact versions throughout: what these need is more than turnwise may ask for.
 $(VLLM)/installed: constraints-vllm.txt
 $(OPENRLHF)/installed: constraints-openrlhf.txt constraints-vllm.txt
+$(INSPECT)/installed: constraints-inspect.txt
 
-$(VLLM)/installed $(OPENRLHF)/installed:
+$(VLLM)/installed $(OPENRLHF)/installed $(INSPECT)/installed:
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .

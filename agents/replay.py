@@ -1,6 +1,7 @@
-"""An agent that says again what stored episodes have it saying."""
+"""Agents that say again what stored episodes have them saying: throughout, or up to where another story begins."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from turnwise.agents.agent import Agent
 from turnwise.environments.episode import Episode
@@ -36,3 +37,43 @@ class ReplayAgent(Agent):
                 f"{turn.state!r}: replay the same protocol"
             )
         return step.reply
+
+
+class BranchingAgent(Agent):
+    """Replies as it did before where it is asked the same again (`same_turn`), by the same seed, and else as `agent`.
+
+    `said` has the turns that were taken, by their seeds, with the replies. The same turn with the same seed gets the
+    same reply from an agent, so what it would say again need not be sampled again.
+    """
+
+    def __init__(self, agent: Agent, said: Mapping[int, tuple[Turn, Reply]]) -> None:
+        self._agent = agent
+        self._said = said
+
+    async def reply(self, turn: Turn, seed: int) -> Reply:
+        """The stored reply to this turn, or a new one."""
+        if seed in self._said:
+            known, reply = self._said[seed]
+            if same_turn(known, turn):
+                return reply
+        return await self._agent.reply(turn, seed)
+
+
+def same_turn(one: Turn, other: Turn) -> bool:
+    """Whether two turns ask the same: of texts that were sampled the tokens count, and not what they were sampled with.
+
+    Log-probabilities of the same tokens differ in their last digits, by what else was in the batch.
+    """
+    return one == other or _as_read(one) == _as_read(other)
+
+
+def _as_read(turn: Turn) -> Turn:
+    messages = (
+        message
+        if message.reply is None
+        else message._replace(
+            reply=replace(message.reply, log_probabilities=(), prompt_token_ids=(), model="", version=0)
+        )
+        for message in turn.messages
+    )
+    return turn._replace(messages=tuple(messages))

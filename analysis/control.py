@@ -4,12 +4,19 @@ Whatever several agents or several modes achieve is to be held against these. A 
 on one problem.
 """
 
+import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, pairwise
+from math import comb
 from statistics import fmean
 
 from turnwise.environments.episode import Episode
+from turnwise.environments.errors import InputError
+from turnwise.rl.summary import Interval, wilson
+
+SUBSETS, POINTS = 200, 60  # at the most: subsets of a problem's samples that vote, budgets of the lone agent
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +68,23 @@ def majority(groups: Sequence[Sequence[Episode]], votes: int) -> Control:
     return Control(fmean(right), fmean(tokens))
 
 
+def voting(groups: Sequence[Sequence[Episode]], votes: int, *, seed: int = 0) -> Control:
+    """Self-consistency with so many votes, on average over which of a problem's samples vote.
+
+    Over all subsets of them or, where these are more than `SUBSETS`, over so many that are drawn.
+    """
+    drawn = [majority(_subsets(group, min(votes, len(group)), seed), votes) for group in groups]
+    return Control(fmean(one.accuracy for one in drawn), fmean(one.tokens for one in drawn))
+
+
+def _subsets(group: Sequence[Episode], size: int, seed: int) -> list[Sequence[Episode]]:
+    if comb(len(group), size) <= SUBSETS:
+        return list(combinations(group, size))
+    rng = random.Random(f"{seed} {group[0].transcript.problem.id} {size}")
+    places = (sorted(rng.sample(range(len(group)), size)) for _ in range(SUBSETS))
+    return [[group[place] for place in chosen] for chosen in places]
+
+
 def mixed(first: Control, second: Control, share: float) -> Control:
     """A choice by lot: `share` of the problems go to the first, the rest to the second."""
     return Control(
@@ -86,3 +110,56 @@ def for_same_tokens(
         f"{thorough} or {brief}, by lot": mixed(long, short, share),
         f"{brief}, majority of {votes}": majority(quick, votes),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """A team, with the 95% interval of its accuracy, and what a lone agent gets on the same problems for any budget.
+
+    `cut_short` has the lone agent under caps from 0 up to where nothing is cut, `voting` its self-consistency by the
+    number of votes: 1, 2, 4, ... up to all samples. `same_tokens` are both for the tokens of the team; between two
+    numbers of votes a lot decides for each problem, and where the samples do not suffice, all of them vote.
+    """
+
+    problems: int
+    team: Control
+    interval: Interval
+    cut_short: tuple[Control, ...]
+    voting: Mapping[int, Control]
+    same_tokens: Mapping[str, Control]
+
+
+def at_all_budgets(team: Sequence[Episode], alone: Sequence[Episode]) -> Budgets:
+    """Holds a team's episodes against a lone agent's stored samples. Raises InputError where no problem is both's."""
+    groups = {group[0].transcript.problem.id: group for group in by_problem(alone)}
+    held = [e for e in team if e.grade is not None and e.transcript.problem.id in groups]
+    if not held:
+        raise InputError(
+            f"none of the {len(groups)} problems that the lone agent answered is the team's; let it play the same ones"
+        )
+    ours = list(dict.fromkeys(episode.transcript.problem.id for episode in held))
+    lone = [groups[id] for id in ours]
+    right = sum(episode.right for episode in held)
+    tokens = fmean(episode.transcript.token_count for episode in held)
+    most = voting(lone, 1).tokens
+    samples = min(map(len, lone))
+    numbers = sorted({*(2**power for power in range(samples.bit_length())), samples})
+    votes = {number: voting(lone, number) for number in numbers}
+    short = cut_short(lone, tokens)
+    return Budgets(
+        problems=len(ours),
+        team=Control(right / len(held), tokens),
+        interval=wilson(right, len(held)),
+        cut_short=tuple(cut_short(lone, most * point / POINTS) for point in range(POINTS + 1)),
+        voting=votes,
+        same_tokens={"cut short": short, "voting": _voting_for(votes, tokens)},
+    )
+
+
+def _voting_for(votes: Mapping[int, Control], tokens: float) -> Control:
+    """Self-consistency for so many tokens: by lot between the two numbers of votes around them."""
+    controls = list(votes.values())
+    for fewer, more in pairwise(controls):
+        if fewer.tokens <= tokens < more.tokens:
+            return mixed(more, fewer, (tokens - fewer.tokens) / (more.tokens - fewer.tokens))
+    return controls[0] if tokens < controls[0].tokens else controls[-1]

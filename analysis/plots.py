@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from turnwise.analysis.control import Control
+from turnwise.analysis.control import Budgets, Control
 from turnwise.environments.episode import Episode
 from turnwise.rl.summary import Summary, by_level, summarise
 
@@ -56,6 +56,44 @@ def accuracy_over_tokens(runs: Mapping[str, Sequence[Episode]], *, title: str = 
     axes.set(xlabel="sampled tokens an episode", ylabel="right", ylim=(0, 1.05), title=title)
     axes.set_xlim(left=0)
     axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def accuracy_over_budgets(budgets: Budgets, *, team: str, title: str = "") -> Figure:
+    """What a lone agent gets right over the tokens it may spend, cut short and by voting, and the team as a point."""
+    figure = Figure(figsize=(7.5, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(
+        [point.tokens for point in budgets.cut_short], [point.accuracy for point in budgets.cut_short],
+        color="C0", lw=1.5, label="alone, cut short",
+    )  # fmt: skip
+    tokens = [point.tokens for point in budgets.voting.values()]
+    axes.plot(
+        tokens,
+        [point.accuracy for point in budgets.voting.values()],
+        color="C2",
+        marker="o",
+        ms=4,
+        label="alone, voting",
+    )
+    for votes, point in budgets.voting.items():
+        place = (point.tokens, point.accuracy)
+        axes.annotate(
+            str(votes), place, xytext=(0, -11), textcoords="offset points", fontsize=8, ha="center", color="C2"
+        )
+    low, high = budgets.interval
+    error = [[budgets.team.accuracy - low], [high - budgets.team.accuracy]]
+    axes.errorbar(
+        budgets.team.tokens, budgets.team.accuracy, yerr=error, fmt="o", ms=9, capsize=4, color="C1", label=team
+    )
+    axes.set(xlabel="sampled tokens a problem", ylabel="right", ylim=(0, 1.05), title=title)
+    # One vote of many may cost many times what the team takes.
+    axes.set_xscale("symlog", linthresh=max(10.0, budgets.voting[1].tokens))
+    axes.set_xlim(left=0)
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return figure

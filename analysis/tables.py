@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich.markup import escape
 from rich.table import Table
 
+from turnwise.analysis.contribution import Contribution
 from turnwise.analysis.control import Control
 from turnwise.analysis.evaluation import Difference, Evaluation
 from turnwise.analysis.papers import Printed
@@ -95,6 +96,25 @@ def equal_tokens(controls: Mapping[str, Control]) -> Table:
         table.add_column(heading, justify="left" if not heading else "right")
     for name, control in controls.items():
         table.add_row(name, f"{control.accuracy:.1%}", f"{control.tokens:.1f}")
+    return table
+
+
+def contributions(found: Sequence[Contribution], *, title: str = "") -> Table:
+    """One row a seat: what was right as the team played and without the seat, what it is worth, and what it costs.
+
+    Intervals of 95% are of the differences. "empty" is the share of the seat's turns without a word but tags.
+    """
+    table = Table(title=title, title_justify="left")
+    headings = ("right", "without", "worth", "95% interval", "tokens", "costs", "95% interval", "empty")
+    for heading in ("", *headings):
+        table.add_column(heading, justify="right" if heading else "left")
+    for one in found:
+        right, tokens = one.accuracy, one.tokens
+        table.add_row(
+            escape(one.seat), f"{right.team:.1%}", f"{right.without:.1%}", f"{right.gain:+.1%}",
+            f"{right.low:+.0%} to {right.high:+.0%}", f"{tokens.team:.1f}", f"{tokens.gain:+.1f}",
+            f"{tokens.low:+.0f} to {tokens.high:+.0f}", "" if one.empty is None else f"{one.empty:.0%}",
+        )  # fmt: skip
     return table
 
 

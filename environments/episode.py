@@ -10,7 +10,8 @@ from turnwise.environments.transcript import Transcript
 class Episode:
     """A finished dialogue: the `sample`-th (from 0) on its problem in the run whose seed is `seed`.
 
-    An episode that an exception ended carries it in `error` and has no grade: it is reported, and never rewarded.
+    An episode that an exception ended carries it in `error` and has no grade: it is reported, and never rewarded. One
+    that was imported and has no gold answer has neither.
     """
 
     transcript: Transcript

@@ -27,6 +27,7 @@ from turnwise.protocols.protocol import ReasoningProtocol
 from turnwise.protocols.solo import Solo
 from turnwise.protocols.thinkless import Thinkless
 from turnwise.rl.episode_store import read_episodes
+from turnwise.rl.run_folder import Run
 
 PROTOCOLS: dict[str, Callable[[], GraphProtocol]] = {
     "longshort": LongShort,
@@ -123,6 +124,23 @@ def seats_named(protocol: ReasoningProtocol, seats: Sequence[str]) -> dict[str, 
     return {seat: named.get(seat) or everybody[0] for seat in protocol.seats}
 
 
+def models_of(seats: Sequence[str], given: Sequence[str], run: Run) -> dict[str, str]:
+    """The model of each of the seats: as SEAT=MODEL among `given`, or else as the run's description has it.
+
+    Raises InputError for what is no SEAT=MODEL, and for a seat without a model.
+    """
+    named = {}
+    for text in given:
+        seat, found, model = text.partition("=")
+        if not found or not model:
+            raise InputError(f"a model is given as SEAT=MODEL, such as long=agents/tiny/long; got {text!r}")
+        named[seat] = model
+    models = {seat: named.get(seat) or run.get(seat) for seat in seats}
+    if without := [seat for seat, model in models.items() if not isinstance(model, str)]:
+        raise InputError(f"no model for seat(s) {without}, and the run names none; give each as --model SEAT=MODEL")
+    return {seat: str(model) for seat, model in models.items()}
+
+
 def stored_episodes(folder: Path) -> list[Episode]:
     """The finished episodes of the one run that a folder holds, of all its seeds.
 
@@ -141,6 +159,14 @@ def stored_episodes(folder: Path) -> list[Episode]:
     if not episodes:
         raise InputError(f"{folder} holds no finished episodes; name what eval or play wrote by --output")
     return episodes
+
+
+def store_file(run: Path) -> Path:
+    """The file with the episodes of a store's folder. Raises InputError where is none."""
+    path = run / "episodes.jsonl"
+    if not path.is_file():
+        raise InputError(f"{run} is no run: it has no episodes.jsonl; give the folder of an episode store")
+    return path
 
 
 def _protocol_in(name: str) -> ReasoningProtocol:

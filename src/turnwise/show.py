@@ -1,6 +1,7 @@
 """What commands and examples show: problems by name, progress to watch, and results to look at."""
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -14,6 +15,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from turnwise.agents.agent import Agent
+from turnwise.analysis.contribution import Contribution, branch, contribution
 from turnwise.analysis.control import Control
 from turnwise.analysis.tables import comparison, equal_tokens, evaluations_logged, levels, rounds_played
 from turnwise.environments.answers import last_boxed, last_marked
@@ -27,7 +30,7 @@ from turnwise.protocols.graph import GraphProtocol
 from turnwise.protocols.protocol import ReasoningProtocol
 from turnwise.rl.episode_store import EpisodeStore
 from turnwise.rl.rollout import Team, in_order, rollout
-from turnwise.rl.run_folder import write_whole
+from turnwise.rl.run_folder import Run, write_whole
 from turnwise.rl.summary import Summary, record
 
 if TYPE_CHECKING:
@@ -184,6 +187,37 @@ def show_results(
         accuracy_over_tokens(runs, title=title).savefig(plot)
 
 
+def contribution_shown(
+    protocol: ReasoningProtocol,
+    team: Team,
+    grader: Grader,
+    episodes: Sequence[Episode],
+    seat: str,
+    instead: tuple[str, Agent],
+    console: Console,
+    *,
+    folder: Path,
+    run: Run,
+) -> Contribution:
+    """What a seat of a run is worth against `instead`, a name and an agent, under a progress bar.
+
+    The episodes that are played for it are kept in a subfolder; `run` is what they branch from.
+    """
+    name, agent = instead
+    described = {**{f"of {key}": value for key, value in run.items()}, "seat": seat, "instead": name}
+    title = re.sub(r"[^\w.-]+", "-", f"{seat} {name}")
+    with EpisodeStore(folder / title, described) as store, stages_shown(console) as on_progress:
+        total = sum(episode.grade is not None for episode in episodes)
+
+        async def watch() -> None:
+            on_progress(title, len(store.ids), total)
+            async for _ in branch(protocol, team, grader, episodes, seat, agent, store=store):
+                on_progress(title, len(store.ids), total)
+
+        asyncio.run(watch())
+        return contribution(protocol, seat, name, episodes, list(store))
+
+
 def show_pool(
     pool: Sequence[Sequence[Summary]],
     path: Sequence[tuple[int, int]],
@@ -316,5 +350,6 @@ def said(seat: str, text: str, seats: Sequence[str]) -> Text:
 def verdict(episode: Episode) -> Text:
     """How an episode was graded, and what it took."""
     gold = episode.transcript.problem.answer
-    told = f"{episode.grade.outcome}, the answer is {gold}" if episode.grade else f"failed: {episode.error}"
+    failed = "not graded" if episode.error is None else f"failed: {episode.error}"
+    told = f"{episode.grade.outcome}, the answer is {gold}" if episode.grade else failed
     return Text(f"{told} ({episode.transcript.token_count} tokens)", style="green" if episode.right else "red")

@@ -1,14 +1,15 @@
+import asyncio
 import random
 
 import pytest
 
-from turnwise.agents.replay import ReplayAgent
+from turnwise.agents.replay import BranchingAgent, ReplayAgent
 from turnwise.agents.scripted import ScriptedAgent
 from turnwise.environments.environment import Environment, Grade, Grader, Outcome
 from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
 from turnwise.environments.problem import Problem
-from turnwise.environments.transcript import Reply, Turn
+from turnwise.environments.transcript import Message, Reply, Turn
 from turnwise.protocols.debate import Debate
 from turnwise.protocols.graph import GraphProtocol
 from turnwise.protocols.long_short import LongShort
@@ -88,3 +89,38 @@ def test_another_protocol_is_refused() -> None:
 def test_another_protocol_of_the_same_seat_is_refused() -> None:
     with pytest.raises(InputError, match="in state 'route', not of 'solver' in 'solve': replay the same protocol"):
         replay(Solo(), played(Thinkless()))
+
+
+class TestBranching:
+    TURN = Turn("b", "s", (Message("user", "1 + 1?"), Message("assistant", "x", Reply("x", 1, token_ids=(4,)))), (), 9)
+
+    def said(self, turn: Turn, seed: int = 7) -> str:
+        agent = BranchingAgent(ScriptedAgent(["anew"] * 9), {7: (self.TURN, Reply("as before", 2))})
+        return asyncio.run(agent.reply(turn, seed)).text
+
+    def test_the_same_turn_gets_the_same_reply(self) -> None:
+        assert self.said(self.TURN) == "as before"
+        # The tokens are what is read; how likely they were, and to whom, is not.
+        reply = Reply("x", 1, token_ids=(4,), log_probabilities=(-0.5,), prompt_token_ids=(1,), model="m", version=2)
+        assert self.said(self.TURN._replace(messages=(self.TURN.messages[0], Message("assistant", "x", reply)))) == (
+            "as before"
+        )
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"seat": "a"},
+            {"state": "t"},
+            {"messages": TURN.messages[:1]},
+            {"messages": (TURN.messages[0], Message("assistant", "x"))},
+            {"messages": (TURN.messages[0], Message("assistant", "x", Reply("x", 1, token_ids=(5,))))},
+            {"stops": ("</s>",)},
+            {"max_tokens": 8},
+            {"prefill": "<s>"},
+        ],
+    )
+    def test_any_other_turn_is_taken_anew(self, change: dict[str, object]) -> None:
+        assert self.said(self.TURN._replace(**change)) == "anew"
+
+    def test_another_seed_is_another_turn(self) -> None:
+        assert self.said(self.TURN, seed=8) == "anew"

@@ -5,9 +5,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turnwise.analysis.control import Control, by_problem, cut_short, for_same_tokens, majority, mixed
+from turnwise.analysis.control import (
+    SUBSETS,
+    Control,
+    at_all_budgets,
+    by_problem,
+    cut_short,
+    for_same_tokens,
+    majority,
+    mixed,
+    voting,
+)
 from turnwise.environments.environment import Grade, Outcome
 from turnwise.environments.episode import Episode
+from turnwise.environments.errors import InputError
 from turnwise.environments.problem import Problem
 from turnwise.environments.transcript import Reply, Step, Transcript
 
@@ -137,3 +148,52 @@ class TestForSameTokens:
             "slow or quick, by lot": Control(1.0, 60.0),
             "quick, majority of 4": Control(0.5, 40.0),  # all that it has
         }
+
+
+class TestVoting:
+    def test_by_hand(self) -> None:
+        # Of the three pairs, only that of the two right ones elects the right answer: a tie goes to the earlier.
+        group = [episode(1, WRONG), episode(2), episode(3)]
+        assert voting([group], 1) == Control(pytest.approx(2 / 3), 2.0)
+        assert voting([group], 2) == Control(pytest.approx(1 / 3), 4.0)
+        assert voting([group], 3) == Control(1.0, 6.0)
+        assert voting([group], 9) == Control(1.0, 6.0)
+        # Each problem counts the same, however many samples it has.
+        assert voting([group, [episode(10, WRONG)]], 1) == Control(pytest.approx(1 / 3), 6.0)
+
+    def test_many_subsets_are_drawn_and_the_same_seed_draws_the_same(self) -> None:
+        group = [episode(n, RIGHT if n % 3 else WRONG, sample=n) for n in range(20)]
+        drawn = voting([group], 3)
+        assert drawn == voting([group], 3) != voting([group], 3, seed=1)
+        # 13 of 20 are right: 3 or 2 of the three, in (286 + 78 · 7) / 1140 of the cases, and four standard errors.
+        assert drawn.accuracy == pytest.approx(832 / 1140, abs=4 * (0.2 / SUBSETS) ** 0.5)
+        assert drawn.tokens == pytest.approx(3 * 9.5, abs=3)
+
+
+class TestAtAllBudgets:
+    alone: ClassVar = [
+        *(episode(10, answer, sample=n) for n, answer in enumerate((RIGHT, RIGHT, RIGHT, WRONG))),
+        *(episode(30, answer, sample=n, problem="q") for n, answer in enumerate((WRONG, RIGHT, RIGHT, RIGHT))),
+        *(episode(99, sample=n, problem="only alone") for n in range(4)),
+    ]
+
+    def test_by_hand(self) -> None:
+        team = [episode(20), episode(40, problem="q"), episode(1, problem="only the team's")]
+        found = at_all_budgets(team, self.alone)
+        assert (found.problems, found.team) == (2, Control(1.0, 30.0))
+        assert found.interval == (pytest.approx(0.342, abs=1e-3), 1.0)
+        assert found.cut_short[0] == Control(0.0, 0.0)
+        assert found.cut_short[-1] == Control(0.75, 20.0)
+        assert found.cut_short[30] == Control(3 / 8, 10.0)
+        # q's pairs: three of the six have the wrong one first, which wins; p's: the right one is always first.
+        assert found.voting == {1: Control(0.75, 20.0), 2: Control(0.75, 40.0), 4: Control(1.0, 80.0)}
+        assert found.same_tokens == {"cut short": Control(0.75, 20.0), "voting": Control(0.75, 30.0)}
+
+    @pytest.mark.parametrize(("tokens", "accuracy", "spent"), [(5, 0.75, 20.0), (60, 0.875, 60.0), (500, 1.0, 80.0)])
+    def test_voting_for_the_tokens_of_the_team(self, tokens: int, accuracy: float, spent: float) -> None:
+        found = at_all_budgets([episode(tokens), episode(tokens, problem="q")], self.alone)
+        assert found.same_tokens["voting"] == Control(pytest.approx(accuracy), pytest.approx(spent))
+
+    def test_other_problems(self) -> None:
+        with pytest.raises(InputError, match="none of the 3 problems"):
+            at_all_budgets([episode(1, problem="x")], self.alone)

@@ -1,0 +1,1 @@
+"""The commands of `turnwise`, by what they are for."""

@@ -1,0 +1,109 @@
+"""The commands that take a stored run: contribution, control, export, import-chats."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from turnwise.agents.scripted import ScriptedAgent
+from turnwise.agents.tiny import LONG
+from turnwise.cli import app
+from turnwise.environments.arithmetic import arithmetic
+from turnwise.environments.errors import InputError
+from turnwise.environments.math_grader import MathGrader
+from turnwise.named import models_of, protocol_named
+from turnwise.protocols.long_short import LongShort
+from turnwise.protocols.solo import Solo
+from turnwise.protocols.thinkless import Thinkless
+from turnwise.rl.episode_store import EpisodeStore
+from turnwise.rl.rollout import play
+
+PROTOCOL = 'from turnwise.protocols.solo import Solo\nmine = Solo("mine")\nother = 5\n'
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A team of two that always says 1, in 5 and 3 tokens, and a lone agent that does."""
+    folder = tmp_path_factory.mktemp("runs")
+    team = {
+        "long": ScriptedAgent(lambda turn, seed: "<think> It is 1. </think>"),
+        "short": ScriptedAgent(lambda turn, seed: "<answer> \\boxed{1} </answer>"),
+    }
+    with MathGrader() as grader:
+        environment = arithmetic(grader, problem_set="easy", count=20)
+        with EpisodeStore(folder / "team", {"seed": 0, "protocol": LongShort().fingerprint}) as store:
+            play(LongShort(), team, environment, store=store)
+        with EpisodeStore(folder / "alone", {"seed": 0}) as store:
+            play(Solo("short"), team, environment, samples=2, store=store)
+    return folder
+
+
+def run(*arguments: str | Path) -> str:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_contribution_of_a_silent_seat(runs: Path, tmp_path: Path) -> None:
+    # Its model has to be there, but is never asked: nobody speaks after the last speaker.
+    command = (
+        "contribution", runs / "team", "--seat", "short", "--max-tokens", "1024", "--output", tmp_path,
+        "--model", f"long={LONG}",
+    )  # fmt: skip
+    (found,) = json.loads(run(*command, "--json"))
+    assert (found["seat"], found["instead"], found["episodes"], found["new_tokens"]) == ("short", "ablated", 20, 0)
+    assert found["accuracy"]["without"] == 0.0
+    assert found["tokens"] == {"team": 8.0, "without": 5.0, "gain": 3.0, "low": 3.0, "high": 3.0}
+    assert len((tmp_path / "short-ablated" / "episodes.jsonl").read_text().splitlines()) == 20
+    assert "20 episodes of team" in run(*command)
+
+
+def test_control(runs: Path, tmp_path: Path) -> None:
+    command = ("control", runs / "team", "--alone", runs / "alone")
+    found = json.loads(run(*command, "--json"))
+    assert (found["problems"], found["team"]["tokens"]) == (20, 8.0)
+    assert found["voting"]["2"]["tokens"] == 6.0
+    assert found["same_tokens"]["cut short"] == {"accuracy": found["team"]["accuracy"], "tokens": 3.0}
+    assert "alone, voting" in run(*command, "--plot", tmp_path / "control.png")
+    assert (tmp_path / "control.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_export(runs: Path, tmp_path: Path) -> None:
+    assert run("export", runs / "team", "--to", "inspect", "-o", tmp_path / "team.json").startswith("20 episodes")
+    assert len(json.loads((tmp_path / "team.json").read_text())["samples"]) == 20
+    assert run("export", runs / "team", "--to", "parquet", "-o", tmp_path / "team.parquet").startswith("20 episodes")
+    with pytest.raises(InputError, match="is no run"):
+        run("export", tmp_path, "--to", "parquet", "-o", tmp_path / "team.parquet")
+
+
+def test_import_chats(tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "#### 2"}]
+    chats.write_text(json.dumps({"messages": messages, "gold": "2"}) + "\n")
+    command = ("import-chats", chats, "-o", tmp_path / "run", "--answer-column", "gold", "--marker", "####")
+    assert json.loads(run(*command, "--json")) == {"chats": 1, "graded": 1, "right": 1}
+    assert "1 graded, 1 of them right" in run(*command)
+
+
+def test_protocols_by_name(tmp_path: Path) -> None:
+    longshort, thinkless = (protocol_named(name, max_tokens=7) for name in ("longshort", "thinkless"))
+    assert isinstance(longshort, LongShort)
+    assert isinstance(thinkless, Thinkless)
+    assert longshort.graph.states["think"].max_tokens == longshort.graph.states["answer"].max_tokens == 7
+    file = tmp_path / "mine.py"
+    file.write_text(PROTOCOL)
+    assert protocol_named(f"{file}:mine", max_tokens=7).seats == ("mine",)
+    for name in ("nothing", f"{file}", f"{tmp_path}/none.py:mine"):
+        with pytest.raises(InputError, match="a protocol is longshort, thinkless, or"):
+            protocol_named(name, max_tokens=7)
+    with pytest.raises(InputError, match="must define a protocol called 'other'; 'other' is int there"):
+        protocol_named(f"{file}:other", max_tokens=7)
+
+
+def test_models_of_seats() -> None:
+    assert models_of(["long", "short"], ["long=a=b"], {"short": "c", "seed": 1}) == {"long": "a=b", "short": "c"}
+    with pytest.raises(InputError, match=r"no model for seat\(s\) \['long'\]"):
+        models_of(["long"], [], {"long": 5})
+    with pytest.raises(InputError, match="SEAT=MODEL"):
+        models_of(["long"], ["long"], {})
