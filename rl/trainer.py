@@ -23,7 +23,8 @@ from turnwise.environments.errors import InputError
 from turnwise.environments.problem import Problem
 from turnwise.environments.seeds import turn_seed
 from turnwise.protocols.protocol import ReasoningProtocol
-from turnwise.rl.advantage import Estimator, Grouping, assign_credit
+from turnwise.rl.advantage import Credit, Estimator, Grouping, assign_credit
+from turnwise.rl.credit_log import write_credit
 from turnwise.rl.episode_store import EpisodeStore
 from turnwise.rl.metrics import MetricsLog, collapsed_mode, evaluation_figures, mode_shares, training_figures
 from turnwise.rl.rollout import in_order, rollout
@@ -169,15 +170,19 @@ class Trainer:
         control = self.protocol.control_states
         figures = training_figures(groups, paid, control)
         figures["failed"] = float(len(episodes) - sum(map(len, groups)))
+        credits = list[Credit]()
         for name in now.trains:
             credit = assign_credit(
                 groups, paid, self.policies[name].seats, estimator=self.settings.estimator,
                 grouping=self.settings.grouping, skip_equal=self.settings.skip_equal,
             )  # fmt: skip
+            credits.append(credit)
             seed = self._seed("update", step)
             learnt = self.trained[name].update(credit.samples, control_states=control, seed=seed)
             counts = {"groups": credit.groups, "groups_equal": credit.equal, "groups_single": credit.single}
             figures |= {f"{name}/{figure}": value for figure, value in {**counts, **learnt}.items()}
+        if kept := self._kept(step):
+            write_credit(kept / "credit.jsonl", groups, paid, credits)
         self._shares.append(mode_shares(figures))
         if step == now.end:
             for name in now.trains:
@@ -193,12 +198,16 @@ class Trainer:
         problems = problems_of_step(self.environment.problems, self.settings.problems, step, self.settings.seed)
         environment = Environment(self.environment.name, problems, self.environment.grader)
         settings, store = self.settings, None
-        if settings.keep_episodes and step % settings.keep_episodes == 0:
-            folder = self.folder / "episodes" / f"{step:06}"
+        if folder := self._kept(step):
             shutil.rmtree(folder, ignore_errors=True)  # of a step that a kill cut short, and that is done again
             store = EpisodeStore(folder, {**self._run(), "step": step})
         with store or nullcontext():
             return self._roll_out(environment, settings.samples, settings.temperature, self._seed("play", step), store)
+
+    def _kept(self, step: int) -> Path | None:
+        """Where the episodes of a step are kept, with the credit for them; None where they are not."""
+        keep = self.settings.keep_episodes
+        return self.folder / "episodes" / f"{step:06}" if keep and step % keep == 0 else None
 
     def _roll_out(
         self, environment: Environment, samples: int, temperature: float, seed: int, store: EpisodeStore | None = None
