@@ -93,7 +93,7 @@ const dot = (number) => el("span", { class: "dot", style: { "--own": colour(numb
 
 // Plots
 
-const PLOT = { width: 380, height: 190, left: 46, right: 12, top: 10, bottom: 24 };
+const PLOT = { width: 320, height: 170, left: 44, right: 12, top: 10, bottom: 24 };
 
 /**
  * Axes with a grid, as [the SVG, x of a value, y of a value]. Values on the axes are written by `xs.text`, `ys.text`.
@@ -113,11 +113,11 @@ function axes(xs, ys, size = PLOT) {
   return [picture, x, y];
 }
 
-/** The range of some values with some room; up to a whole that they nearly fill. */
+/** The range of some values with some room around them, but none below `from` where they go down to that. */
 function range(values, { from = null, room = 0.06 } = {}) {
   let low = Math.min(...values), high = Math.max(...values);
   if (from !== null) low = Math.min(low, from);
   const wide = high - low || Math.abs(high) || 1;
-  if (high === low) return { low: low - wide / 2, high: high + wide / 2 };
+  if (high === low) return low === 0 ? { low: 0, high: 1 } : { low: low - wide / 2, high: high + wide / 2 };
   return { low: from !== null && low === from ? low : low - room * wide, high: high + room * wide };
 }

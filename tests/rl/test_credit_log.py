@@ -1,13 +1,16 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
 import pytest
-from conftest import Dialogue
 
+from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
 from turnwise.protocols.rewards import Reward
 from turnwise.rl.advantage import assign_credit
 from turnwise.rl.credit_log import EpisodeCredit, read_credit, write_credit
+
+Dialogue = Callable[..., Episode]
 
 
 @pytest.fixture
