@@ -31,7 +31,8 @@ class Blocks {
 
   /** The record of one episode. */
   async record(episode) {
-    let low = 0, high = this.firsts.length - 1;
+    let low = 0,
+      high = this.firsts.length - 1;
     while (low < high) {
       const middle = Math.ceil((low + high) / 2);
       if (this.firsts[middle] <= episode) low = middle;
@@ -55,14 +56,22 @@ class Data {
     return data;
   }
 
-  run(episode) { return this.runs[this.episodes.run[episode]]; }
+  run(episode) {
+    return this.runs[this.episodes.run[episode]];
+  }
   problem(episode) {
     const [id, level, question, subject] = this.problems[this.episodes.problem[episode]];
     return { id, level, question, subject };
   }
-  outcome(episode) { return this.outcomes[this.episodes.outcome[episode]]; }
-  mode(episode) { return this.modes[this.episodes.mode[episode]] ?? null; }
-  id(episode) { return `${this.problem(episode).id}#${this.episodes.sample[episode]}`; }
+  outcome(episode) {
+    return this.outcomes[this.episodes.outcome[episode]];
+  }
+  mode(episode) {
+    return this.modes[this.episodes.mode[episode]] ?? null;
+  }
+  id(episode) {
+    return `${this.problem(episode).id}#${this.episodes.sample[episode]}`;
+  }
 
   /** What the run calls it, with its training step. */
   place(episode) {
@@ -91,7 +100,7 @@ class Data {
 
   /** Unpacks the words of all conversations, block by block, so that they can be searched. */
   async readAll(onBlock) {
-    for (let number = Math.max(0, this.readBlocks ?? 0); number < this.said.firsts.length; number++) {
+    for (let number = this.readBlocks ?? 0; number < this.said.firsts.length; number++) {
       const records = await unpack(`said-${number}`);
       for (const one of records) {
         const turns = one.turns.map((turn) => turn.prefill + turn.text);

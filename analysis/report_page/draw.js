@@ -30,18 +30,34 @@ function fill(element, properties, children) {
 }
 
 // Characters that a reader would not see, or that would change how others are seen.
-const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}]/u;
+const UNSEEN =
+  /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}]/u;
+const UNSEEN_KEPT = new RegExp(`(${UNSEEN.source})`, "u"); // which a split keeps
 const UNSEEN_NAMES = {
-  "\u200e": "LRM", "\u200f": "RLM", "\u061c": "ALM", "\u202a": "LRE", "\u202b": "RLE", "\u202c": "PDF",
-  "\u202d": "LRO", "\u202e": "RLO", "\u2066": "LRI", "\u2067": "RLI", "\u2068": "FSI", "\u2069": "PDI",
-  "\u200b": "ZWSP", "\u2060": "WJ", "\ufeff": "BOM", "\u00ad": "SHY", "\r": "CR",
+  "\u200e": "LRM",
+  "\u200f": "RLM",
+  "\u061c": "ALM",
+  "\u202a": "LRE",
+  "\u202b": "RLE",
+  "\u202c": "PDF",
+  "\u202d": "LRO",
+  "\u202e": "RLO",
+  "\u2066": "LRI",
+  "\u2067": "RLI",
+  "\u2068": "FSI",
+  "\u2069": "PDI",
+  "\u200b": "ZWSP",
+  "\u2060": "WJ",
+  "\ufeff": "BOM",
+  "\u00ad": "SHY",
+  "\r": "CR",
 };
 
 /** A text as nodes: what `mark` (a global RegExp or null) finds is marked, and unseen characters are named. */
 function textNodes(text, mark = null) {
   const nodes = [];
   const plain = (part) => {
-    for (const piece of part.split(new RegExp(`(${UNSEEN.source})`, "u"))) {
+    for (const piece of part.split(UNSEEN_KEPT)) {
       if (UNSEEN.test(piece)) {
         const code = piece.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
         nodes.push(el("span", { class: "unseen", title: `U+${code}` }, UNSEEN_NAMES[piece] ?? `U+${code}`));
@@ -100,8 +116,12 @@ const PLOT = { width: 320, height: 170, left: 44, right: 12, top: 10, bottom: 24
  */
 function axes(xs, ys, size = PLOT) {
   const { width, height, left, right, top, bottom } = size;
-  const scale = ({ low, high }, from, to) => (value) => from + ((value - low) / (high - low || 1)) * (to - from);
-  const x = scale(xs, left, width - right), y = scale(ys, height - bottom, top);
+  const scale =
+    ({ low, high }, from, to) =>
+    (value) =>
+      from + ((value - low) / (high - low || 1)) * (to - from);
+  const x = scale(xs, left, width - right),
+    y = scale(ys, height - bottom, top);
   const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "plot", role: "img" });
   for (const value of ticks(ys.low, ys.high)) {
     picture.append(svg("line", { x1: left, x2: width - right, y1: y(value), y2: y(value), class: "grid" }));
@@ -115,7 +135,8 @@ function axes(xs, ys, size = PLOT) {
 
 /** The range of some values with some room around them, but none below `from` where they go down to that. */
 function range(values, { from = null, room = 0.06 } = {}) {
-  let low = Math.min(...values), high = Math.max(...values);
+  let low = Math.min(...values),
+    high = Math.max(...values);
   if (from !== null) low = Math.min(low, from);
   const wide = high - low || Math.abs(high) || 1;
   if (high === low) return low === 0 ? { low: 0, high: 1 } : { low: low - wide / 2, high: high + wide / 2 };

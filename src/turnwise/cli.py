@@ -53,9 +53,8 @@ def report(
     if as_json:
         typer.echo(orjson.dumps(asdict(written), default=str))
     else:
-        typer.echo(
-            f"{written.path}: {written.episodes:,} episodes of {written.runs} runs, {written.bytes / 1e6:.1f} MB"
-        )
+        runs = f"{written.runs} run{'' if written.runs == 1 else 's'}"
+        typer.echo(f"{written.path}: {written.episodes:,} episodes of {runs}, {written.bytes / 1e6:.1f} MB")
 
 
 def main() -> None:

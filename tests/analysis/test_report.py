@@ -1,6 +1,7 @@
 import base64
 import gzip
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -319,6 +320,8 @@ from turnwise.analysis.report import write_report
 write_report([Path({str(training_run)!r})], Path({str(page)!r}), tokenizers=[Path({str(LONG)!r})])
 print({{"torch", "transformers", "matplotlib"}} & sys.modules.keys())
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(PAGE.parents[1] / "src")}
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "set()"
