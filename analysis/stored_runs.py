@@ -81,7 +81,8 @@ def find_runs(paths: list[Path]) -> list[StoredRun]:
 
 def _runs_at(path: Path) -> list[StoredRun]:
     if path.is_file():
-        return [StoredRun(path.stem, path, ((None, path),))]
+        name = path.resolve().parent.name if path.name == "episodes.jsonl" else path.stem
+        return [StoredRun(name, path, ((None, path),))]
     found = [run for folder in (path, *sorted(path.glob("*/"))) if (run := _run_in(folder))]
     if not found:
         raise InputError(

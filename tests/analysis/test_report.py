@@ -152,6 +152,8 @@ def test_runs_are_found_in_folders_and_told_apart(training_run: Path, tmp_path: 
     assert [run.name for run in found] == ["after", before, other, "trained"]
     assert [run.count() for run in found] == [1, 1, 1, 5]
     assert [step for step, _ in found[3].stores] == [1, 2]
+    (plain,) = find_runs([training_run / "episodes" / "000001" / "episodes.jsonl"])
+    assert (plain.name, plain.about, plain.count()) == ("000001", {}, 3)
 
 
 def test_of_an_episode_that_was_played_again_the_last_counts(tmp_path: Path) -> None:
