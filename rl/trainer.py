@@ -24,6 +24,7 @@ from turnwise.environments.seeds import turn_seed
 from turnwise.protocols.protocol import ReasoningProtocol
 from turnwise.rl.advantage import Credit, Estimator, Grouping, assign_credit
 from turnwise.rl.checkpoint import Checkpoint, read_checkpoint
+from turnwise.rl.credit_log import write_credit
 from turnwise.rl.episode_store import EpisodeStore
 from turnwise.rl.metrics import (
     MetricsLog,
@@ -252,6 +253,8 @@ class Trainer:
         for name, credit in credits.items():
             counts = {"groups": credit.groups, "groups_equal": credit.equal, "groups_single": credit.single}
             figures |= {f"{name}/{figure}": value for figure, value in {**counts, **learnt[name]}.items()}
+        if kept := self._kept(step):
+            write_credit(kept / "credit.jsonl", groups, paid, list(credits.values()))
         self._shares.append(mode_shares(figures))
         if step == now.end:
             for name in now.trains:
@@ -292,14 +295,18 @@ class Trainer:
         problems = problems_of_step(self.environment.problems, self.settings.problems, step, self.settings.seed)
         environment = Environment(self.environment.name, problems, self.environment.grader)
         settings, store = self.settings, None
-        if settings.keep_episodes and step % settings.keep_episodes == 0:
-            folder = self.folder / "episodes" / f"{step:06}"
+        if folder := self._kept(step):
             shutil.rmtree(folder, ignore_errors=True)  # of a step that a kill cut short, and that is done again
             store = EpisodeStore(folder, {**self._run(), "step": step})
         with store or nullcontext(), self._watched(f"the rollout of step {step}"):
             return await self._roll_out(
                 environment, settings.samples, settings.temperature, self._seed("play", step), store
             )
+
+    def _kept(self, step: int) -> Path | None:
+        """Where the episodes of a step are kept, with the credit for them; None where they are not."""
+        keep = self.settings.keep_episodes
+        return self.folder / "episodes" / f"{step:06}" if keep and step % keep == 0 else None
 
     async def _roll_out(
         self, environment: Environment, samples: int, temperature: float, seed: int, store: EpisodeStore | None = None

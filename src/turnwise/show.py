@@ -34,6 +34,7 @@ from turnwise.rl.run_folder import Run, write_whole
 from turnwise.rl.summary import Summary, record
 
 if TYPE_CHECKING:
+    from turnwise.analysis.report import Written
     from turnwise.environments.benchmarks import LoadedProblems
     from turnwise.rl.cold_start.thoughts import WeighedChain
     from turnwise.rl.openrlhf.settings import OpenRLHFSettings
@@ -309,6 +310,14 @@ def fine_tune_shown(
             model, data, settings, folder, seed=seed, together=together, longest=longest,
             on_step=lambda step, loss: on_progress(folder.name, step, settings.steps),
         )  # fmt: skip
+
+
+def report_shown(folders: Sequence[Path], output: Path, tokenizers: Sequence[Path], console: Console) -> "Written":
+    """Does what `turnwise.analysis.report.write_report` does, under a progress bar."""
+    from turnwise.analysis.report import write_report  # only where it is asked for
+
+    with stages_shown(console) as on_progress:
+        return write_report(folders, output, tokenizers=tokenizers, on_progress=on_progress)
 
 
 def show_thoughts(by_samples: "Mapping[int, Sequence[WeighedChain]]", console: Console, *, folder: Path) -> None:

@@ -45,6 +45,7 @@ from turnwise.protocols.gated import Gated
 from turnwise.protocols.long_short import LongShort
 from turnwise.protocols.rewards import Correctness, Reward, RewardSum, Term
 from turnwise.rl.advantage import Sample
+from turnwise.rl.credit_log import read_credit
 from turnwise.rl.episode_store import read_episodes
 from turnwise.rl.learner import LearnerSettings
 from turnwise.rl.loss import LossSettings
@@ -599,6 +600,12 @@ def test_one_policy_in_two_seats_learns_from_what_both_said(tmp_path: Path) -> N
     assert report.figures["both/groups_equal"] == report.figures["both/groups_single"] == 0
     assert report.figures["both/trained_tokens"] == said["long"] + said["short"]
     assert {turn.reply.model for turn in next(episodes_of(tmp_path / "run")).transcript.steps} == {"both"}
+    credit = read_credit(tmp_path / "run" / "episodes" / "000001" / "credit.jsonl")
+    assert {one.id: len(one.transcript.steps) for one in episodes_of(tmp_path / "run")} == {
+        id: len(one.advantages) for id, one in credit.items()
+    }
+    assert None not in {advantage for one in credit.values() for advantage in one.advantages}
+    assert {seat for one in credit.values() for seat in one.rewards} == {"long", "short"}
 
 
 def episodes_of(folder: Path) -> Iterator[Episode]:

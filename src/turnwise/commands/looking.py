@@ -12,6 +12,41 @@ app = typer.Typer()
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
 
+@app.command(no_args_is_help=True)
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER…", help="Training runs, episode stores, or files of episodes.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+    tokenizer: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder with the tokenizer of the token ids; that of a training run is found there."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Shows runs side by side in one HTML file: figures, tables, and every conversation, token by token.
+
+    The file holds all that it needs: it opens from disk, and no network is asked for anything.
+
+    turnwise report runs/train_longshort
+
+    turnwise report runs/before runs/after other/episodes.jsonl -o compare.html
+    """
+    from dataclasses import asdict
+
+    import orjson
+    from rich.console import Console
+
+    from turnwise.show import report_shown
+
+    written = report_shown(folders, output, tokenizer or (), Console(stderr=True))
+    if as_json:
+        typer.echo(orjson.dumps(asdict(written), default=str))
+    else:
+        runs = f"{written.runs} run{'' if written.runs == 1 else 's'}"
+        typer.echo(f"{written.path}: {written.episodes:,} episodes of {runs}, {written.bytes / 1e6:.1f} MB")
+
+
 @app.command("audit")
 def audit(
     folder: Annotated[Path, typer.Argument(help="Of an episode store, or of a run that holds some.")],
