@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from turnwise.cli import BENCHMARKS, PROBLEM_SETS, PROTOCOLS, app
+from turnwise.cli import app
+from turnwise.commands.playing import BENCHMARKS, PROBLEM_SETS, PROTOCOLS
 from turnwise.environments import arithmetic, benchmarks
 from turnwise.environments.errors import InputError
 from turnwise.named import PROTOCOLS as NAMED
