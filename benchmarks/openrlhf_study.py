@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, median, stdev
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Annotated
 
 import orjson
 import torch
@@ -51,11 +51,9 @@ SEEDS, STEPS, ENDS = 3, 20, 3
 ROUTED = 30
 REPEATS = 5
 
-Part = Literal["learns", "thinkless", "cost"]
-
 
 def main(
-    only: list[Part] = Option(["learns", "thinkless", "cost"], help="Which parts."),  # noqa: B008
+    only: Annotated[list[str] | None, Option(help="learns, thinkless or cost; by default all.")] = None,
     seeds: int = SEEDS,
 ) -> None:
     """Trains on OpenRLHF, and tells how it went."""
@@ -66,7 +64,7 @@ def main(
         "thinkless": lambda: thinkless(console),
         "cost": lambda: cost(console),
     }
-    for part in only:
+    for part in only or parts:
         found[part] = parts[part]()
         RESULTS.write_bytes(orjson.dumps(found, option=orjson.OPT_INDENT_2))
 
@@ -82,7 +80,13 @@ def learns(console: Console, seeds: int) -> list[dict[str, float]]:
             rounds="long+short", steps=STEPS, problems=8, samples=8, seed=seed, evaluate_every=STEPS, keep_episodes=0
         )
         recipe = LongShortRecipe(
-            brevity=((0, 0.5),), training=training, test_problems=48, backend="openrlhf", openrlhf=ON_CPU
+            brevity=((0, 0.5),),
+            long_tokens=150,
+            short_tokens=150,
+            training=training,
+            test_problems=48,
+            backend="openrlhf",
+            openrlhf=ON_CPU,
         )
         with trained(recipe) as trainer:
             alike = sum(

@@ -12,14 +12,11 @@ from turnwise.cli import app
 from turnwise.environments.arithmetic import arithmetic
 from turnwise.environments.errors import InputError
 from turnwise.environments.math_grader import MathGrader
-from turnwise.named import models_of, protocol_named
+from turnwise.named import models_of
 from turnwise.protocols.long_short import LongShort
 from turnwise.protocols.solo import Solo
-from turnwise.protocols.thinkless import Thinkless
 from turnwise.rl.episode_store import EpisodeStore
 from turnwise.rl.rollout import play
-
-PROTOCOL = 'from turnwise.protocols.solo import Solo\nmine = Solo("mine")\nother = 5\n'
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +45,7 @@ def run(*arguments: str | Path) -> str:
 def test_contribution_of_a_silent_seat(runs: Path, tmp_path: Path) -> None:
     # Its model has to be there, but is never asked: nobody speaks after the last speaker.
     command = (
-        "contribution", runs / "team", "--seat", "short", "--max-tokens", "1024", "--output", tmp_path,
+        "contribution", runs / "team", "--seat", "short", "--output", tmp_path,
         "--model", f"long={LONG}",
     )  # fmt: skip
     (found,) = json.loads(run(*command, "--json"))
@@ -84,21 +81,6 @@ def test_import_chats(tmp_path: Path) -> None:
     command = ("import-chats", chats, "-o", tmp_path / "run", "--answer-column", "gold", "--marker", "####")
     assert json.loads(run(*command, "--json")) == {"chats": 1, "graded": 1, "right": 1}
     assert "1 graded, 1 of them right" in run(*command)
-
-
-def test_protocols_by_name(tmp_path: Path) -> None:
-    longshort, thinkless = (protocol_named(name, max_tokens=7) for name in ("longshort", "thinkless"))
-    assert isinstance(longshort, LongShort)
-    assert isinstance(thinkless, Thinkless)
-    assert longshort.graph.states["think"].max_tokens == longshort.graph.states["answer"].max_tokens == 7
-    file = tmp_path / "mine.py"
-    file.write_text(PROTOCOL)
-    assert protocol_named(f"{file}:mine", max_tokens=7).seats == ("mine",)
-    for name in ("nothing", f"{file}", f"{tmp_path}/none.py:mine"):
-        with pytest.raises(InputError, match="a protocol is longshort, thinkless, or"):
-            protocol_named(name, max_tokens=7)
-    with pytest.raises(InputError, match="must define a protocol called 'other'; 'other' is int there"):
-        protocol_named(f"{file}:other", max_tokens=7)
 
 
 def test_models_of_seats() -> None:

@@ -38,6 +38,7 @@ def test_a_recipe_of_a_file_which_may_import_what_stands_beside_it(tmp_path: Pat
     found = recipe_called(str(file))
     assert issubclass(found, LongShortRecipe)
     assert (found.__name__, found().long_tokens) == ("Mine", 77)
+    file = tmp_path / "ours.py"
     file.write_text(f"{MINE}\nclass Other(Mine):\n    short_tokens: int = 5\n")
     assert recipe_called(f"{file}:Other")().short_tokens == 5
     for name, got in ((f"{file}", "Mine, Other"), (f"{file}:Third", "Mine, Other, not Third")):

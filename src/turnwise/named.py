@@ -177,7 +177,7 @@ def _protocol_in(name: str) -> ReasoningProtocol:
             raise InputError(f"{name} must be a protocol, such as a GraphProtocol; it is a {type(found).__name__}")
         return found
     path = name
-    protocols = {key: one for key, one in vars(_module(Path(path))).items() if isinstance(one, ReasoningProtocol)}
+    protocols = {key: one for key, one in vars(load_file(Path(path))).items() if isinstance(one, ReasoningProtocol)}
     if len(protocols) != 1:
         raise InputError(f"{path} must be named as FILE.py:NAME; its protocols are {', '.join(protocols) or 'none'}")
     return next(iter(protocols.values()))
@@ -194,7 +194,7 @@ def _agent_in(name: str) -> Agent:
 
 def _object_in(name: str) -> object:
     path, _, wanted = name.rpartition(":")
-    module = _module(Path(path))
+    module = load_file(Path(path))
     if wanted not in vars(module):
         there = [key for key in vars(module) if not key.startswith("_")]
         raise InputError(f"{path} has no {wanted!r}; it has {', '.join(there)}")
@@ -203,7 +203,7 @@ def _object_in(name: str) -> object:
 
 
 @cache
-def _module(path: Path) -> ModuleType:
+def load_file(path: Path) -> ModuleType:
     """A Python file, run as a module that can import its neighbours."""
     if not path.is_file():
         raise InputError(f"no file {path}; write FILE.py:NAME")

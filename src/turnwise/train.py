@@ -2,16 +2,15 @@
 
 import inspect
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from turnwise.environments.environment import Environment
 from turnwise.environments.errors import InputError
 from turnwise.environments.math_grader import MathGrader
+from turnwise.named import load_file
 from turnwise.precheck import examination
 from turnwise.rl.openrlhf.installed import require_openrlhf
 from turnwise.rl.recipe import LongShortRecipe, Recipe, ThinklessRecipe
@@ -33,16 +32,11 @@ def recipe_called(name: str) -> type[Recipe]:
     file = Path(path)
     if file.suffix != ".py":
         raise InputError(f"a recipe is one of {', '.join(RECIPES)}, or a Python file that has one; got {name!r}")
-    spec = spec_from_file_location(f"recipe of {file}", file) if file.is_file() else None
-    if spec is None or spec.loader is None:
-        raise InputError(f"no file {file}; name a Python file that has a recipe, or one of {', '.join(RECIPES)}")
-    module = sys.modules[spec.name] = module_from_spec(spec)
-    sys.path.insert(0, str(file.resolve().parent))
-    spec.loader.exec_module(module)
+    module = load_file(file)
     found = {
         own: value
         for own, value in vars(module).items()
-        if inspect.isclass(value) and issubclass(value, Recipe) and value.__module__ == spec.name
+        if inspect.isclass(value) and issubclass(value, Recipe) and value.__module__ == module.__name__
     }
     if wanted and wanted in found:
         return found[wanted]
