@@ -8,13 +8,14 @@ RUN := $(VENV)/bin
 # The tiny models run best on one thread; several, on a machine with other work, only wait for each other.
 demo test bench studies: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test vllm openrlhf inspect check bench studies tiny-models clean
+.PHONY: help demo test browser vllm openrlhf inspect check bench studies tiny-models clean
 
 help:
 	@echo "make demo         two tiny language models solve problems in turns"
 	@echo "make test         all tests, with coverage"
+	@echo "make browser      Debian's chromium, without which the tests of the report's page are skipped"
 	@echo "make vllm         the tests and the benchmark on real vLLM, on the CPU, in .venv-vllm (9 minutes, 1.9 GB)"
-	@echo "make openrlhf     the tests on real OpenRLHF, Ray and DeepSpeed, on the CPU, in .venv-openrlhf (2.2 GB)"
+	@echo "make openrlhf     the tests on real OpenRLHF, Ray, DeepSpeed and vLLM, on the CPU, in .venv-openrlhf (2.2 GB)"
 	@echo "make inspect      Inspect's own loader reads what turnwise exports for it, in .venv-inspect (280 MB)"
 	@echo "make check        formatting, lint, types, layers"
 	@echo "make bench        what a turn, a token, a trained token and a rollout cost, beside other libraries"
@@ -26,6 +27,10 @@ demo: $(VENV)/local
 
 test: $(VENV)/dev $(VENV)/openrlhf
 	$(RUN)/pytest -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+browser:
+	command -v chromium chromedriver || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; }
 
 vllm: export OMP_NUM_THREADS ?= 1
 vllm: export HF_HUB_OFFLINE := 1

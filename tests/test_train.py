@@ -44,6 +44,7 @@ def test_a_recipe_of_a_file_which_may_import_what_stands_beside_it(tmp_path: Pat
     for name, got in ((f"{file}", "Mine, Other"), (f"{file}:Third", "Mine, Other, not Third")):
         with pytest.raises(InputError, match=f"must define one subclass of .* it defines {got}$"):
             recipe_called(name)
+    file = tmp_path / "none.py"
     file.write_text("x = 1")
     with pytest.raises(InputError, match=r"it defines none$"):
         recipe_called(str(file))
