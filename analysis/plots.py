@@ -84,7 +84,8 @@ def accuracy_over_budgets(budgets: Budgets, *, team: str, title: str = "") -> Fi
             str(votes), place, xytext=(0, -11), textcoords="offset points", fontsize=8, ha="center", color="C2"
         )
     low, high = budgets.interval
-    error = [[budgets.team.accuracy - low], [high - budgets.team.accuracy]]
+    # Wilson's interval of a share of 1 ends there, up to rounding.
+    error = [[max(0.0, budgets.team.accuracy - low)], [max(0.0, high - budgets.team.accuracy)]]
     axes.errorbar(
         budgets.team.tokens, budgets.team.accuracy, yerr=error, fmt="o", ms=9, capsize=4, color="C1", label=team
     )

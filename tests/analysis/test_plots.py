@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from turnwise.analysis.control import Control
-from turnwise.analysis.plots import accuracy_over_tokens, heat_map
+from turnwise.analysis.control import Control, at_all_budgets
+from turnwise.analysis.plots import accuracy_over_budgets, accuracy_over_tokens, heat_map
 from turnwise.environments.environment import Grade, Outcome
 from turnwise.environments.episode import Episode
 from turnwise.environments.problem import Problem
@@ -65,3 +65,14 @@ def test_a_heat_map_of_one_cell(tmp_path: Path) -> None:
     assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["50.0%", "10"]
     figure.savefig(tmp_path / "pool.png")
     assert (tmp_path / "pool.png").stat().st_size > 1000
+
+
+def test_a_team_that_is_always_right_stands_beside_the_curves_of_a_lone_agent() -> None:
+    """Of 384 right answers the upper end of the interval is rounded to less than 1."""
+    team = [episode(number, 1, 10, Outcome.RIGHT) for number in range(384)]
+    found = at_all_budgets(team, [episode(number, 1, 20, Outcome.RIGHT) for number in range(384)])
+    (axes,) = accuracy_over_budgets(found, team="both", title="").axes
+    (bar,) = axes.containers
+    assert bar.lines[0].get_xydata().tolist() == [[10.0, 1.0]]
+    (segment,) = bar.lines[2][0].get_segments()
+    assert segment[:, 1].tolist() == [pytest.approx(0.990, abs=1e-3), pytest.approx(1.0)]
