@@ -31,7 +31,7 @@ from typer import Option
 
 from turnwise.agents.contract import question
 from turnwise.agents.engine import EngineAgent
-from turnwise.agents.tiny import LONG
+from turnwise.agents.tiny import NOVICE
 from turnwise.agents.transformers_engine import TransformersEngine
 from turnwise.command import run
 from turnwise.environments.transcript import Reply
@@ -208,7 +208,7 @@ class Shared(LongShortRecipe):
     def policies(self) -> dict[str, Policy]:
         """One, or one for each seat."""
         seats = [("long",), ("short",)] if self.apart else [("long", "short")]
-        return {"+".join(of_one): Policy(LONG, of_one, self.learner) for of_one in seats}
+        return {"-".join(of_one): Policy(NOVICE, of_one, self.learner) for of_one in seats}
 
 
 def cost(console: Console) -> dict[str, Mapping[str, float]]:

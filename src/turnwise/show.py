@@ -103,7 +103,7 @@ def play_shown(
     shown: int = 0,
     samples: int = 1,
     output: Path | None = None,
-    settings: dict[str, str | int | float] | None = None,
+    settings: Mapping[str, str | int | float] | None = None,
 ) -> list[Episode]:
     """Plays every problem `samples` times under a progress bar; prints the first `shown` conversations as they end.
 

@@ -68,3 +68,24 @@ def doctor(context: typer.Context, recipe: RecipeName, as_json: AsJson = False) 
     settings = read_config(recipe_called(recipe), context.args, program=f"turnwise doctor {recipe}")
     if not show_examination(settings, as_json=as_json):
         raise typer.Exit(1)
+
+
+@app.command("cold-start", context_settings={**SETTINGS_FOLLOW, "help_option_names": []}, options_metavar="")
+def start_cold(context: typer.Context) -> None:
+    """Makes a first long-thought and a first short-thought model of long chains of thought; killed, it goes on.
+
+    Its settings are --config FILE.toml, and dotted flags: turnwise cold-start --help lists them all.
+
+    turnwise cold-start --chains r1.jsonl --base Qwen/Qwen2.5-7B-Instruct --completer Qwen/Qwen2.5-7B-Instruct
+    """
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from turnwise.cold_start import ColdStartRecipe, cold_start
+    from turnwise.command import read_config
+
+    settings = read_config(ColdStartRecipe, context.args, program="turnwise cold-start")
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one a file would drown the stages
+    console = Console()
+    for seat, folder in cold_start(settings, console).items():
+        console.print(f"{seat}: {folder}", highlight=False)
