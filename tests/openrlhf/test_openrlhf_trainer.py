@@ -1,6 +1,7 @@
 """The trainer on OpenRLHF: two policies, one protocol, all arrangements; what dies is replaced, what stops goes on."""
 
 import os
+import re
 import resource
 import signal
 import sys
@@ -260,11 +261,11 @@ def _fill_the_disk(_: object) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
 
-def test_a_full_disk_costs_what_came_after_the_last_checkpoint(
-    cluster: None, grader: MathGrader, tmp_path: Path
+def test_a_full_disk_costs_what_came_after_the_last_checkpoint_and_who_is_waited_for_is_told(
+    cluster: None, grader: MathGrader, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "run"
-    with thinkless(folder, grader, BY_TRANSFORMERS) as trainer:
+    with thinkless(folder, grader, BY_TRANSFORMERS, deadline=0.02) as trainer:
         reports = trainer.train()
         assert [next(reports).step for _ in range(2)] == [0, 1]
         (rank,) = of(trainer, "solver")._learner._policy._actor_handlers
@@ -272,6 +273,11 @@ def test_a_full_disk_costs_what_came_after_the_last_checkpoint(
         with pytest.raises(InputError, match=r"^cannot write .*checkpoint\.pt: .*; make room and run the same") as told:
             next(reports)
         assert "\n" not in str(told.value)
+    for told_late in (
+        r"^the rollout of step 1 has taken \d+ s; it waits for solver: \d+ turn\(s\) for actor 0 of .*, up to \d+ s$",
+        r"^the update of step 1 has taken \d+ s; it waits for solver: rank\(s\) \[0\] of 1 for 'learn'$",
+    ):
+        assert any(re.search(told_late, message) for message in caplog.messages), caplog.messages[:20]
     with thinkless(folder, grader, BY_TRANSFORMERS) as trainer:
         assert [report.step for report in trainer.train()] == [2, 3]
     assert_sound(folder, 3, tokenizer=ROUTER)
