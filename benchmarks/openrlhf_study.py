@@ -1,6 +1,6 @@
 """Training on OpenRLHF, Ray, DeepSpeed and vLLM, on a CPU with the tiny models: what it learns, and what it costs.
 
-    .venv-openrlhf/bin/python benchmarks/openrlhf_study.py              # all of it: an hour and a half on two cores
+    .venv-openrlhf/bin/python benchmarks/openrlhf_study.py              # all of it: some forty minutes on two cores
     .venv-openrlhf/bin/python benchmarks/openrlhf_study.py --only cost
 
 Prints three tables, and writes them to docs/results/openrlhf.json:

@@ -4,7 +4,7 @@ import asyncio
 import random
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -138,6 +138,7 @@ class Trainer:
         self.steps = self.rounds[-1].end
         self._backend = backend
         self._opened = ExitStack()
+        self._training: Generator[Report, None, None] | None = None
         self._open()
         try:
             # Not before the models are there: a slip in their path would leave the folder taken.
@@ -159,7 +160,9 @@ class Trainer:
         self.close()
 
     def close(self) -> None:
-        """Ends the processes of the policies."""
+        """Ends the processes of the policies, and a training that was left: at the end of Python it could not end."""
+        if self._training is not None:
+            self._training.close()
         self._opened.close()
 
     def train(self) -> Iterator[Report]:
@@ -167,6 +170,10 @@ class Trainer:
 
         Step 0 is the first evaluation, before anything is learnt.
         """
+        self._training = self._train_on()
+        return self._training
+
+    def _train_on(self) -> Generator[Report, None, None]:
         while self._done < self.steps:
             try:
                 with asyncio.Runner() as runner:
@@ -217,7 +224,7 @@ class Trainer:
                 "what ends the process, most often too little memory, and run the same command again"
             ) from error
         LOGGER.warning("%s: all policies are opened anew, and the run goes on from its last checkpoint", error)
-        self.close()
+        self._opened.close()
         self._open()
 
     def team(self, temperature: float) -> dict[str, Agent]:

@@ -402,6 +402,13 @@ def test_a_run_that_is_left_goes_on_in_the_same_process_and_in_another(tmp_path:
     assert {name: trained.engine.version for name, trained in done.trained.items()} == versions
 
 
+def test_a_training_that_is_left_ends_with_its_trainer(tmp_path: Path) -> None:
+    with build(tmp_path / "run") as trainer:
+        reports = trainer.train()
+        assert [next(reports).step for _ in range(2)] == [0, 1]
+    assert list(reports) == []
+
+
 class Filed(EmbeddedPolicy):
     """Keeps its state in a file of its own, as a backend does whose state is too large for one process."""
 
