@@ -48,7 +48,7 @@ from turnwise.train import open_trainer
 RESULTS = Path("docs/results/openrlhf.json")
 ON_CPU = OpenRLHFSettings(gpus_per_rank=0, precision="fp32", gpus_per_actor=0, cache_gigabytes=0.2)
 SEEDS, STEPS, ENDS = 3, 20, 3
-ROUTED = 30
+ROUTED = 12
 REPEATS = 5
 
 
