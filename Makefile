@@ -47,6 +47,8 @@ vllm: $(VLLM)/installed
 
 openrlhf: export OMP_NUM_THREADS ?= 1
 openrlhf: export HF_HUB_OFFLINE := 1
+# Else Ray would have its processes wait for all others of the machine.
+openrlhf: export RAY_worker_niceness := 0
 # Each rank is a process that imports OpenRLHF anew.
 openrlhf: export PYTHONDONTWRITEBYTECODE :=
 
