@@ -56,7 +56,7 @@ openrlhf: $(OPENRLHF)/installed
 	$(OPENRLHF)/bin/python -m pytest tests/openrlhf
 
 inspect: $(INSPECT)/installed
-	$(INSPECT)/bin/python -m pytest tests/analysis/test_inspect_log.py
+	$(INSPECT)/bin/python -m pytest --noconftest tests/analysis/test_inspect_log.py
 
 check: $(VENV)/dev
 	$(RUN)/ruff format --check .
