@@ -1,26 +1,32 @@
 """The examples, run as their docstrings say: those that train, on very little."""
 
 import json
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pyarrow.parquet as pq
+import pytest
 
 ROOT = Path(__file__).parents[1]
+Run = Callable[..., str]
+Results = dict[str, dict[str, dict[str, float]]]
 
 
-def run(example: str, *arguments: str) -> str:
-    command = [sys.executable, "-W", "error", str(ROOT / "examples" / example), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "COLUMNS": "120"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(run_script: Callable[..., "CompletedProcess[str]"]) -> Run:
+    """Runs an example; what it printed."""
+
+    def run(example: str, *arguments: str) -> str:
+        done = run_script(ROOT / "examples" / example, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
-def test_scripted_rollouts() -> None:
+def test_scripted_rollouts(run: Run) -> None:
     printed = run("scripted_rollouts.py", "--number", "60", "--seed", "0")
     assert printed == run("scripted_rollouts.py", "--number", "60", "--seed", "0")
     assert "180 scripted episodes" in printed
@@ -47,7 +53,7 @@ FEW_STEPS = ("--sft.steps", "2", "--sft.batch-size", "4")
 TRAINING = sorted(path.name for path in (ROOT / "examples").glob("train_*.py"))
 
 
-def trained(example: str, output: Path, *arguments: str) -> tuple[str, dict[str, dict[str, dict[str, float]]]]:
+def trained(run: Run, example: str, output: Path, *arguments: str) -> tuple[str, Results]:
     """What a training example printed, and the results that it wrote; it has logged each step once."""
     printed = run(example, *SMALL, "--output", str(output), *arguments)
     logged = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -63,20 +69,20 @@ def test_training_examples_are_short_and_each_is_tried_here() -> None:
         assert len((ROOT / "examples" / name).read_text().splitlines()) <= 100, name
 
 
-def test_train_alone_and_what_is_done_is_not_done_again(tmp_path: Path) -> None:
-    printed, results = trained("train_alone.py", tmp_path / "run", "--max-tokens", "40")
+def test_train_alone_and_what_is_done_is_not_done_again(tmp_path: Path, run: Run) -> None:
+    printed, results = trained(run, "train_alone.py", tmp_path / "run", "--max-tokens", "40")
     assert re.search(r"^step    2  [\d.]+% right \([\d.]+% to [\d.]+%\) in [\d.]+ tokens$", printed, re.MULTILINE)
     assert "round 1, long:" in printed
     assert list(results["runs"]) == ["trained", "before"]
-    again, same = trained("train_alone.py", tmp_path / "run", "--max-tokens", "40")
+    again, same = trained(run, "train_alone.py", tmp_path / "run", "--max-tokens", "40")
     assert "step" not in again
     assert again.partition("6 problems of")[2] == printed.partition("6 problems of")[2]
     assert same == results
 
 
-def test_train_longshort(tmp_path: Path) -> None:
+def test_train_longshort(tmp_path: Path, run: Run) -> None:
     rounds = ("--training.rounds", "long short", "--training.steps", "1", "--long-tokens", "40")
-    printed, results = trained("train_longshort.py", tmp_path / "run", *rounds)
+    printed, results = trained(run, "train_longshort.py", tmp_path / "run", *rounds)
     assert list(results["runs"]) == ["trained", "before", "long alone", "short alone"]
     assert results["runs"]["short alone"]["episodes"] == 48
     assert [name for name in results["controls"] if "long alone, cut short" in name]
@@ -88,8 +94,8 @@ def test_train_longshort(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "pool.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_train_thinkless(tmp_path: Path) -> None:
-    printed, results = trained("train_thinkless.py", tmp_path / "run", "--think-tokens", "40")
+def test_train_thinkless(tmp_path: Path, run: Run) -> None:
+    printed, results = trained(run, "train_thinkless.py", tmp_path / "run", "--think-tokens", "40")
     assert list(results["runs"]) == [
         "trained", "before", "always think", "never think", "trained, always", "trained, never",
     ]  # fmt: skip
@@ -100,7 +106,7 @@ def test_train_thinkless(tmp_path: Path) -> None:
     assert re.search(r"round 1, solver: .*(<short>|<think>) \d+%", printed)
 
 
-def test_cold_start_and_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+def test_cold_start_and_what_is_done_is_not_done_again(tmp_path: Path, run: Run) -> None:
     flags = ("--problems", "8", "--test-problems", "6", "--rollouts.samples", "4", *FEW_STEPS)
     printed = run("cold_start.py", *flags, "--output", str(tmp_path / "run"))
     assert "Thoughts of 8 chains" in printed
@@ -118,7 +124,7 @@ def test_cold_start_and_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
 
 
-def test_warm_up_thinkless(tmp_path: Path) -> None:
+def test_warm_up_thinkless(tmp_path: Path, run: Run) -> None:
     printed = run(
         "warm_up_thinkless.py", "--problems", "8", "--test-problems", "6", *FEW_STEPS, "--output", str(tmp_path)
     )
@@ -128,8 +134,8 @@ def test_warm_up_thinkless(tmp_path: Path) -> None:
     assert len(pq.read_table(tmp_path / "pairs.parquet")) == 16
 
 
-def test_train_new_protocol(tmp_path: Path) -> None:
-    printed, results = trained("train_new_protocol.py", tmp_path / "run")
+def test_train_new_protocol(tmp_path: Path, run: Run) -> None:
+    printed, results = trained(run, "train_new_protocol.py", tmp_path / "run")
     assert list(results["runs"]) == ["trained", "before", "thinker alone"]
     assert re.search(r"┃ ann ┃ bob ┃ cleo ┃ clerk ┃ (thinker ┃ )?turns ┃", printed)
     assert "round 1, juror+thinker" in printed

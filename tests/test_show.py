@@ -3,12 +3,11 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Literal, cast
 
 import pytest
@@ -30,14 +29,10 @@ from turnwise.show import read_problems, show_pool, show_results, stages_shown, 
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "longshort_math.py"
+Run = Callable[..., "CompletedProcess[str]"]
 
 
-def run(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, *(str(argument) for argument in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-
-def assert_refused(done: "subprocess.CompletedProcess[str]", *expected: str) -> None:
+def assert_refused(done: "CompletedProcess[str]", *expected: str) -> None:
     # transformers shows its progress on stderr.
     lines = [line for line in done.stderr.splitlines() if line.strip() and "Loading weights" not in line]
     assert done.returncode == 2, done.stderr
@@ -47,31 +42,31 @@ def assert_refused(done: "subprocess.CompletedProcess[str]", *expected: str) -> 
         assert words in lines[0]
 
 
-def test_a_problems_file_that_is_missing_or_malformed(tmp_path: Path) -> None:
-    assert_refused(run(EXAMPLE, "--problems", tmp_path / "none.jsonl"), "none.jsonl")
+def test_a_problems_file_that_is_missing_or_malformed(tmp_path: Path, run_script: Run) -> None:
+    assert_refused(run_script(EXAMPLE, "--problems", tmp_path / "none.jsonl"), "none.jsonl")
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "2+2?", \n')
-    assert_refused(run(EXAMPLE, "--problems", broken), "broken.jsonl")
-    assert_refused(run(EXAMPLE, "--problems", "no-such-set"), "no-such-set")
+    assert_refused(run_script(EXAMPLE, "--problems", broken), "broken.jsonl")
+    assert_refused(run_script(EXAMPLE, "--problems", "no-such-set"), "no-such-set")
 
 
-def test_a_model_folder_without_tokenizer(tmp_path: Path) -> None:
+def test_a_model_folder_without_tokenizer(tmp_path: Path, run_script: Run) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(LONG / name, tmp_path / name)
-    assert_refused(run(EXAMPLE, "--long", tmp_path), "tokenizer", str(tmp_path))
-    assert_refused(run(EXAMPLE, "--long", tmp_path / "none"), "none")
+    assert_refused(run_script(EXAMPLE, "--long", tmp_path), "tokenizer", str(tmp_path))
+    assert_refused(run_script(EXAMPLE, "--long", tmp_path / "none"), "none")
 
 
-def test_a_chat_template_that_forces_a_mode(tmp_path: Path) -> None:
+def test_a_chat_template_that_forces_a_mode(tmp_path: Path, run_script: Run) -> None:
     folder = shutil.copytree(LONG, tmp_path / "forced")
     template = folder / "chat_template.jinja"
     text = template.read_text()
     template.write_text(text.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}"))
     assert template.read_text() != text
-    assert_refused(run(EXAMPLE, "--long", folder), "<think>", "chat_template")
+    assert_refused(run_script(EXAMPLE, "--long", folder), "<think>", "chat_template")
 
 
-def test_a_seat_without_an_agent(tmp_path: Path) -> None:
+def test_a_seat_without_an_agent(tmp_path: Path, run_script: Run) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "from rich.console import Console\n"
@@ -85,19 +80,19 @@ def test_a_seat_without_an_agent(tmp_path: Path) -> None:
         "    play_shown('x', LongShort(), {'long': ScriptedAgent(['<think>'])}, environment, Console())\n"
         "run(main)\n"
     )
-    assert_refused(run(script), "no agent for seat(s) ['short']; the team has ['long']")
+    assert_refused(run_script(script), "no agent for seat(s) ['short']; the team has ['long']")
 
 
-def test_an_output_folder_that_holds_another_run_is_left_alone_and_the_same_run_goes_on(tmp_path: Path) -> None:
+def test_the_folder_of_another_run_is_left_alone_and_the_same_run_goes_on(tmp_path: Path, run_script: Run) -> None:
     arguments = [EXAMPLE, "--number", "6", "--output", tmp_path / "out"]
-    first = run(*arguments)
+    first = run_script(*arguments)
     assert first.returncode == 0, first.stderr
     files = sorted((tmp_path / "out").rglob("episodes.jsonl"))
     before = {file: file.read_bytes() for file in files}
     assert len(files) == 3
     assert all(len(lines.splitlines()) == 6 for lines in before.values())
-    assert_refused(run(*arguments, "--seed", "1"), "holds another run", "seed: 0 there, 1 here")
-    again = run(*arguments)
+    assert_refused(run_script(*arguments, "--seed", "1"), "holds another run", "seed: 0 there, 1 here")
+    again = run_script(*arguments)
     assert again.returncode == 0, again.stderr
     assert {file: file.read_bytes() for file in files} == before
     tables = [done.stdout.partition("6 problems of")[2] for done in (first, again)]
@@ -108,8 +103,8 @@ def test_an_output_folder_that_holds_another_run_is_left_alone_and_the_same_run_
 
 
 @pytest.mark.parametrize("flag", ["--number=0", "--long-tokens=3"])
-def test_a_number_or_flag_that_makes_no_sense(flag: str) -> None:
-    done = run(EXAMPLE, flag)
+def test_a_number_or_flag_that_makes_no_sense(flag: str, run_script: Run) -> None:
+    done = run_script(EXAMPLE, flag)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
@@ -245,7 +240,7 @@ class TestReadConfig:
             read_config(Config, ["--config", str(tmp_path / "bytes.toml")])
 
 
-def test_a_script_with_a_config_says_in_one_line_what_is_wrong_with_its_flags(tmp_path: Path) -> None:
+def test_a_script_with_a_config_says_in_one_line_what_is_wrong_with_its_flags(tmp_path: Path, run_script: Run) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "from pydantic import BaseModel, ConfigDict\n"
@@ -257,11 +252,11 @@ def test_a_script_with_a_config_says_in_one_line_what_is_wrong_with_its_flags(tm
         "run_configured(lambda config: print(config.often), Config)\n"
     )
     (tmp_path / "my.toml").write_text("often = 4")
-    assert run(script, "--config", tmp_path / "my.toml").stdout == "4\n"
-    assert_refused(run(script, "--oftne", "5"), "unrecognized arguments: --oftne 5")
+    assert run_script(script, "--config", tmp_path / "my.toml").stdout == "4\n"
+    assert_refused(run_script(script, "--oftne", "5"), "unrecognized arguments: --oftne 5")
     (tmp_path / "my.toml").write_text('often = "x"')
-    assert_refused(run(script, "--config", tmp_path / "my.toml"), "often: Input should be a valid integer")
-    helped = run(script, "--help")
+    assert_refused(run_script(script, "--config", tmp_path / "my.toml"), "often: Input should be a valid integer")
+    helped = run_script(script, "--help")
     assert helped.returncode == 0
     assert "Says how often." in helped.stdout
     assert "--often int" in helped.stdout
@@ -404,9 +399,9 @@ def test_a_bar_for_each_stage() -> None:
     assert re.search(r"^completion +\S+.* 1/2 ", printed, re.MULTILINE)
 
 
-def test_chains_of_ones_own_need_a_model_that_completes_them(tmp_path: Path) -> None:
+def test_chains_of_ones_own_need_a_model_that_completes_them(tmp_path: Path, run_script: Run) -> None:
     example = EXAMPLE.with_name("cold_start.py")
-    assert_refused(run(example, "--chains", tmp_path / "chains.jsonl"), "--completer")
+    assert_refused(run_script(example, "--chains", tmp_path / "chains.jsonl"), "--completer")
     output = ("--output", tmp_path / "run", "--problems", "4", "--test-problems", "4", "--sft.steps", "1")
-    assert run(example, *output, "--sft.batch-size", "2").returncode == 0
-    assert_refused(run(example, *output, "--sft.batch-size", "3"), "holds another run", "settings")
+    assert run_script(example, *output, "--sft.batch-size", "2").returncode == 0
+    assert_refused(run_script(example, *output, "--sft.batch-size", "3"), "holds another run", "settings")
