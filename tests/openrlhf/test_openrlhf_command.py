@@ -62,9 +62,13 @@ def train(folder: Path, address: str) -> "subprocess.Popen[str]":
 
 def until_step(folder: Path, step: int, process: "subprocess.Popen[str]") -> None:
     """Waits until a step was logged."""
-    while max((int(figures["step"]) for figures in read_metrics(folder)), default=-1) < step:
-        assert process.poll() is None, process.communicate()
+    while (ended := process.poll()) is None and not logged(folder, step):
         time.sleep(0.05)
+    assert logged(folder, step), (ended, process.communicate())
+
+
+def logged(folder: Path, step: int) -> bool:
+    return any(figures["step"] >= step for figures in read_metrics(folder))
 
 
 def test_a_run_that_is_killed_and_left_by_ray_ends_as_it_should_and_needs_no_vllm(
@@ -80,18 +84,21 @@ def test_a_run_that_is_killed_and_left_by_ray_ends_as_it_should_and_needs_no_vll
         until_step(folder, 1, killed)
         killed.send_signal(signal.SIGKILL)
         killed.communicate()
+        assert killed.returncode == -signal.SIGKILL
         left = train(folder, address)
         until_step(folder, 2, left)
-    _, told = left.communicate(timeout=180)
+        left.send_signal(signal.SIGSTOP)  # so that Ray is gone before it has ended
+    left.send_signal(signal.SIGCONT)
+    _, told = left.communicate(timeout=1800)
     assert left.returncode != 0, told
     with cluster() as address:
         last = train(folder, address)
         printed, told = last.communicate()
     assert last.returncode == 0, told
-    logged = read_metrics(folder)
-    assert [figures["step"] for figures in logged] == list(range(STEPS + 1)), printed
+    metrics = read_metrics(folder)
+    assert [figures["step"] for figures in metrics] == list(range(STEPS + 1)), printed
     for step in range(1, STEPS + 1):
         store = folder / "episodes" / f"{step:06}" / "episodes.jsonl"
         found = audit(read_episodes(store), load_tokenizer(ROUTER))
         assert (found.episodes, found.failed_episodes, found.faults) == (16, 0, ())
-        assert logged[step]["solver/engine_mismatch"] < 1e-4
+        assert metrics[step]["solver/engine_mismatch"] < 1e-4

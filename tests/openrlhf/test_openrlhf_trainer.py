@@ -40,6 +40,7 @@ from ray.cluster_utils import Cluster
 
 from turnwise.agents.transformers_engine import load_tokenizer
 from turnwise.rl.openrlhf.policy import OpenRLHFBackend, OpenRLHFPolicy
+from turnwise.rl.openrlhf.rollout_engine import RolloutEngine
 from turnwise.rl.openrlhf.settings import OpenRLHFSettings
 
 # What Ray says when it starts, and the files and processes that it leaves to the garbage collector when it ends; and
@@ -189,9 +190,17 @@ def short_of_other_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_episodes_go_on_over_the_updates_of_two_tokenizers(
-    cluster: None, grader: MathGrader, tmp_path: Path, short_of_other_tokens: Path
+    cluster: None, grader: MathGrader, tmp_path: Path, short_of_other_tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
+    interrupts = list[bool]()
+    update = RolloutEngine.update
+
+    async def seen(engine: RolloutEngine, *weights: object, interrupt: bool = False, **rest: object) -> None:
+        interrupts.append(interrupt)
+        await update(engine, *weights, interrupt=interrupt, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RolloutEngine, "update", seen)
     with long_short(folder, grader, {"long": LONG, "short": short_of_other_tokens}, staleness=1) as trainer:
         assert [report.step for report in trainer.train()] == [0, 1, 2, 3]
     assert_sound(folder, 3, tokenizer=LONG)
@@ -199,7 +208,8 @@ def test_episodes_go_on_over_the_updates_of_two_tokenizers(
     assert [figures["long/staleness/most"] for figures in logged] == [0, 1, 1]
     stores = (folder / "episodes" / f"{step:06}" / "episodes.jsonl" for step in (2, 3))
     replies = [s.reply for store in stores for episode in read_episodes(store) for s in episode.transcript.steps]
-    assert any(reply.versions for reply in replies), "no reply went on over an update"
+    assert all(list(reply.versions) == sorted(reply.versions) for reply in replies)
+    assert any(interrupts), "no update left replies running"
 
 
 @pytest.mark.parametrize("arrangement", ["colocated", "transformers"])

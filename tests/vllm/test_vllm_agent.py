@@ -69,9 +69,23 @@ def assert_alike(replies: Sequence[Reply], expected: Sequence[Reply]) -> None:
 
 
 def endless(engine: VLLMEngine, length: int = 5) -> "asyncio.Task[Reply]":
-    """A request that goes on for a thousand tokens, or up to the context: some seconds."""
+    """A request that goes on for a thousand tokens, or up to the context."""
     reply = engine.sample([30] * length, stops=("never",), max_tokens=1000, seed=0, temperature=0)
     return asyncio.create_task(reply)
+
+
+async def halt(engine: VLLMEngine) -> None:
+    """Until `go_on`, vLLM takes requests and computes nothing: what happens meanwhile meets each of them running."""
+    await engine._thread.wait(engine._llm.pause_generation(mode="keep"))
+
+
+async def go_on(engine: VLLMEngine) -> None:
+    await engine._thread.wait(engine._llm.resume_generation())
+
+
+async def until_running(engine: VLLMEngine, number: int) -> None:
+    while engine._llm.get_num_unfinished_requests() != number:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
 
 
 def load(path: Path) -> VLLMEngine:
@@ -196,14 +210,14 @@ def test_cancelled_request_leaves_vllm_and_no_other(long: VLLMEngine, greedy: VL
     expected = ask(greedy, turns)
 
     async def run() -> list[Reply | BaseException]:
+        await halt(long)
         called_off = endless(long)
         tasks = [asyncio.create_task(greedy.reply(asked, n)) for n, asked in enumerate(turns)]
-        await asyncio.sleep(0.05)
+        await until_running(long, 5)
         called_off.cancel()
-        tasks.append(called_off)
-        ended = await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(0.2)
-        return ended
+        await until_running(long, 4)
+        await go_on(long)
+        return await asyncio.gather(*tasks, called_off, return_exceptions=True)
 
     *others, cancelled = asyncio.run(run())
     assert isinstance(cancelled, asyncio.CancelledError)
@@ -337,8 +351,9 @@ def test_tied_weights_are_updated_together_and_a_closed_engine_says_so(tmp_path:
     assert_alike(ask(agent, turns), expected[0])
 
     async def close_early() -> None:
+        await halt(engine)
         called_off = endless(engine)
-        await asyncio.sleep(0.05)
+        await until_running(engine, 1)
         await asyncio.to_thread(engine.close)
         await called_off
 
@@ -357,8 +372,9 @@ def test_death_of_the_process_fails_each_request_by_name() -> None:
     others = set(multiprocessing.active_children())
 
     async def run(engine: VLLMEngine) -> list[Reply | BaseException]:
+        await halt(engine)
         tasks = [endless(engine, length) for length in range(1, 5)]
-        await asyncio.sleep(0.1)
+        await until_running(engine, 4)
         (process,) = set(multiprocessing.active_children()) - others
         process.kill()
         return await asyncio.gather(*tasks, return_exceptions=True)
@@ -389,8 +405,12 @@ def test_vllm_ends_with_the_program_that_started_it(tmp_path: Path) -> None:
         processes = psutil.Process(started.pid).children(recursive=True)
         started.kill()
     assert processes
-    _, alive = psutil.wait_procs(processes, timeout=20)
+    _, alive = psutil.wait_procs(processes, timeout=600)
     assert not alive
+
+
+def loop_threads() -> int:
+    return sum(thread.name.startswith("vLLM ") for thread in threading.enumerate())
 
 
 @pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning")
@@ -418,8 +438,8 @@ def test_what_cannot_be_served_is_named(long: VLLMEngine, tmp_path: Path) -> Non
     with pytest.raises(InputError, match=r"cannot serve .* with vLLM") as failure:
         VLLMEngine.load(tmp_path)
     assert "\n" not in str(failure.value)
-    threads = threading.active_count()
+    threads = loop_threads()
     with pytest.raises(InputError, match="as many cache_gigabytes as its context needs"):
         VLLMEngine.load(LONG, cache_gigabytes=0.001)
-    assert threading.active_count() == threads
+    assert loop_threads() == threads
     gc.collect()  # what vLLM leaves open when it cannot start, while its warning is ignored

@@ -99,7 +99,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
                 yield Started(long, command, {"long": long.url, "short": line.split()[-1]}, failures)
         finally:
             command.send_signal(signal.SIGINT)
-            command.communicate(timeout=60)
+            command.communicate(timeout=600)
 
 
 def processes(group: int) -> list[psutil.Process]:
@@ -112,7 +112,7 @@ def processes(group: int) -> list[psutil.Process]:
     return found
 
 
-def ends(group: int, within: float = 5.0) -> bool:
+def ends(group: int, within: float = 600.0) -> bool:
     """Whether a session has ended, or does so `within` so many seconds."""
     until = time.monotonic() + within
     while processes(group) and time.monotonic() < until:
@@ -174,7 +174,7 @@ def test_the_example_plays_the_same_with_every_engine(started: Started, tmp_path
         engine: subprocess.run(
             [sys.executable, example, "--engine", engine, "--temperature", "0", "--number", "6", "--shown", "1",
              "--output", tmp_path / engine, *flags],
-            capture_output=True, text=True, timeout=300, check=False,
+            capture_output=True, text=True, timeout=3000, check=False,
         )
         for engine, flags in more.items()
     }  # fmt: skip
@@ -349,7 +349,7 @@ def test_a_thousand_episodes_under_faults(
         killing = threading.Thread(target=killed_and_started_again, args=(started.long, proxies["long"]), daemon=True)
         killing.start()
         with EpisodeStore(tmp_path / "run", run) as store:
-            agents = team(urls, temperature=0.9, timeout=8.0, deadline=300, rest=0.05)
+            agents = team(urls, temperature=0.9, timeout=8.0, deadline=3000, rest=0.05)
             episodes = play(protocol, agents, environment, samples=2, seed=3, store=store)
         killing.join()
     faults = sum((proxy.faults for proxy in proxies.values()), Counter())
@@ -437,7 +437,7 @@ def test_the_end_is_named_and_leaves_no_process(started: Started) -> None:
     (server,) = psutil.Process(started.command.pid).children()
     assert len(processes(server.pid)) >= 2
     started.command.send_signal(signal.SIGTERM)
-    assert started.command.wait(timeout=60) == 0
+    assert started.command.wait(timeout=600) == 0
     assert ends(server.pid)
 
 
@@ -448,4 +448,4 @@ def test_a_server_ends_with_what_started_it() -> None:
             time.sleep(0.1)
         parent.kill()
     assert processes(servers[0].pid)
-    assert ends(servers[0].pid, within=60)
+    assert ends(servers[0].pid, within=1800)  # it looks at its input once vLLM is imported
