@@ -12,7 +12,7 @@ demo test bench studies: export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make demo         two tiny language models solve problems in turns"
-	@echo "make test         all tests, with coverage"
+	@echo "make test         all tests but those of make vllm, openrlhf and inspect, with coverage"
 	@echo "make browser      Debian's chromium, without which the tests of the report's page are skipped"
 	@echo "make vllm         the tests and the benchmark on real vLLM, on the CPU, in .venv-vllm (9 minutes, 1.9 GB)"
 	@echo "make openrlhf     the tests on real OpenRLHF, Ray, DeepSpeed and vLLM, on the CPU, in .venv-openrlhf (2.2 GB)"

@@ -6,7 +6,7 @@
 
 Each round trains one of the two with the other frozen. Prints what every round came to, as r1⊗r0 (the long model after
 its first round, the short one before its own), and how the rounds of one get on with those of the other. Expect the
-thoughts to lose their checks and then most of their words. Departs from the paper: models of 0.7 M parameters, groups
+thoughts to lose their checks and then most of their words. Departs from the paper: models of 0.8 M parameters, groups
 of 8 instead of 2, advantages centred for each seat and not divided by their deviation, no KL term, brevity weighs half
 as much, and a right answer is always paid more than a wrong one.
 """

@@ -5,7 +5,7 @@
     python examples/train_thinkless.py --config my.toml --training.seed 1 --output runs/seed-1
 
 Expect it to stop thinking about chains of a few steps, where a short answer is right, and to think about nearly all of
-those of five or six. Departs from the paper: the model has 0.7 M parameters; a short answer has room for four steps of
+those of five or six. Departs from the paper: the model has 0.8 M parameters; a short answer has room for four steps of
 a chain; sampled at temperature 1; advantages are divided by their deviation, or the hard problems, on which more is at
 stake, teach the model to think about everything before it can tell them from easy ones (`--training.estimator
 mean-centred` shows it); and α is 0.1 instead of 0.001, since training is a hundred steps and not six hundred. γ is

@@ -1,4 +1,4 @@
-"""The tiny language models that turnwise ships, each a transformers checkpoint of 0.7 M parameters.
+"""The tiny language models that turnwise ships, each a transformers checkpoint of 0.8 M parameters.
 
 `LONG` and `SHORT` play Long⊗Short, `ROUTER` plays Thinkless, all of them on the arithmetic environment. `NOVICE` can
 think and answer there, but has never had a partner: a base model for the cold start. They load by `from_pretrained`, as
