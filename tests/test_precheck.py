@@ -41,6 +41,13 @@ def test_a_plan_for_a_machine_to_read() -> None:
     assert read["estimate"]["gpus"] == 4
 
 
+@pytest.mark.parametrize("share", ["gpus-per-rank", "gpus-per-actor"])
+def test_nothing_is_estimated_where_a_cpu_works(share: str) -> None:
+    found = json.loads(turnwise("plan", "--json", "longshort", *SMALL, f"--openrlhf.{share}", 0).stdout)
+    assert found["estimate"] is None
+    assert len(found["plan"]["gpus"]) == 2
+
+
 def test_a_plan_larger_than_the_machine() -> None:
     with pytest.raises(
         InputError, match=r"^a plan must fit the machine; it needs 4 GPU\(s\) and 4 CPU\(s\), and 1 node"

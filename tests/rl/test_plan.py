@@ -353,6 +353,18 @@ class TestEstimate:
         assert seconds(LearnerSettings(loss=LossSettings(kl_coefficient=1e-3))) == pytest.approx(plain * 4 / 3)
         assert seconds(LearnerSettings(mini_batches=2)) == pytest.approx(plain * 3.5 / 3)
 
+    def test_colocated_each_phase_has_both_shares(self, folders: Mapping[str, Path]) -> None:
+        policies, settings, planned = self.planned(folders)
+
+        def seconds(share: float, colocated: bool) -> float:
+            shares = {"actors": 2, "gpus_per_rank": share, "gpus_per_actor": share, "colocated": colocated}
+            changed = settings.model_copy(update=shares)
+            return estimate(planned, policies, changed, LongShort(), TrainingSettings(), Assumptions()).step_seconds
+
+        whole = seconds(1, colocated=False)
+        assert seconds(0.5, colocated=True) == pytest.approx(whole)
+        assert seconds(0.5, colocated=False) == pytest.approx(2 * whole)
+
     def test_policies_that_learn_in_one_round_do_so_at_once(self, folders: Mapping[str, Path]) -> None:
         policies, settings, planned = self.planned(folders)
         found = estimate(planned, policies, settings, LongShort(), TrainingSettings(steps=7), Assumptions())
