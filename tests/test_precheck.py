@@ -65,6 +65,15 @@ def test_the_doctor_passes_and_fails() -> None:
     assert fault["what"] == "dialogues fit the context"
 
 
+def test_the_doctor_looks_at_all_problems_that_are_trained_on() -> None:
+    assert turnwise("doctor", "longshort").exit_code == 0
+    # 954 sampled tokens fit the context with each of the first 64 prompts, of at most 66 tokens, but not with all.
+    tight = ("doctor", "--json", "longshort", "--short-tokens", 158)
+    assert turnwise(*tight, "--train-problems", 64).exit_code == 0
+    (fault,) = (check["fault"] for check in json.loads(turnwise(*tight).stdout) if check["fault"])
+    assert "prompts of 72 tokens and 954 sampled ones make 1026" in fault
+
+
 class Lonely(LongShortRecipe):
     """A seat that nobody fills."""
 

@@ -54,7 +54,8 @@ def show_plan(recipe: Recipe, *, as_json: bool = False) -> None:
 def show_examination(recipe: Recipe, *, as_json: bool = False) -> bool:
     """Prints what the doctor found of a recipe; whether nothing is at fault."""
     with MathGrader(workers=1) as grader:
-        checks = examination(recipe, open_environment(recipe.train, grader, number=64, seed=0, split="train"))
+        problems = open_environment(recipe.train, grader, number=recipe.train_problems, seed=0, split="train")
+        checks = examination(recipe, problems)
     console, failed = Console(), [check for check in checks if not check.kept]
     if as_json:
         print(orjson.dumps(checks, option=orjson.OPT_INDENT_2).decode())
