@@ -72,6 +72,9 @@ def test_tiny_models_on_one_gpu_each() -> None:
     assert found.gpus[1].learning["weights"] == 2 * found.shapes["long"].parameters
     # The protocol would allow 4,608 tokens, the tiny models' context 1,024.
     assert found.dialogues["long"].longest == 1024
+    # 64 turns at once, and the prefixes that are kept of others.
+    cached = (64 * 1024 + 65_536) * found.shapes["long"].cached(width=2)
+    assert found.gpus[0].learning["cache"] == found.gpus[0].sampling["cache"] == cached
 
 
 class TestShapes:
@@ -295,6 +298,15 @@ class TestRefusals:
         message = self.refused(folders["distill"], settings, Machine(), LearnerSettings(micro_batch_size=8))
         assert "while learning (logits " in message
         assert "ask for flash_attention_2, or a smaller micro_batch_size or context; or " in message
+
+    def test_no_remedy_that_is_taken_already(self, folders: Mapping[str, Path]) -> None:
+        learner = LearnerSettings(micro_batch_size=64)
+        message = self.refused(folders["distill"], {**H100, "zero_stage": 3}, Machine(), learner)
+        assert "while learning (logits " in message
+        assert message.endswith("ask for a smaller micro_batch_size or context; or more ranks")
+        message = self.refused(folders["qwen"], {**H100, "engine": "transformers", "max_running": 300}, Machine())
+        assert "while learning (cache " in message
+        assert message.endswith("ask for a smaller max_running or context")
 
     def test_seats_that_the_protocol_has_not(self) -> None:
         policies = {"judge": Policy(LONG, ("judge",))}
