@@ -31,7 +31,8 @@ def test_a_plan_in_tables() -> None:
 
 
 def test_a_plan_for_a_machine_to_read() -> None:
-    found = turnwise("plan", "--json", "longshort", *SMALL)
+    found = turnwise("plan", "longshort", "--json", *SMALL)
+    assert found.stdout == turnwise("plan", "--json", "longshort", *SMALL).stdout
     read = json.loads(found.stdout)
     assert [(one["policy"], one["role"], one["gpu"]) for one in read["plan"]["processes"]] == [
         ("long", "engine", 0), ("long", "rank", 1), ("short", "engine", 2), ("short", "rank", 3),
@@ -59,7 +60,7 @@ def test_the_doctor_passes_and_fails() -> None:
     found = turnwise("doctor", "thinkless")
     assert found.exit_code == 0, found.output
     assert "15 of 15 checks kept" in found.stdout
-    found = turnwise("doctor", "--json", "thinkless", "--think-tokens", 2000)
+    found = turnwise("doctor", "thinkless", "--think-tokens", 2000, "--json")
     assert found.exit_code == 1
     (fault,) = (check for check in json.loads(found.stdout) if check["fault"])
     assert fault["what"] == "dialogues fit the context"

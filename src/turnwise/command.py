@@ -5,7 +5,7 @@ import tomllib
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from turnwise.environments.errors import InputError
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
 C = TypeVar("C", bound=BaseModel)
 

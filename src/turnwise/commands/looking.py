@@ -6,10 +6,9 @@ from typing import Annotated, Literal
 import typer
 
 from turnwise.agents.team import EngineName
+from turnwise.command import AsJson
 
 app = typer.Typer()
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
 
 @app.command(no_args_is_help=True)
