@@ -316,6 +316,9 @@ def test_protocol_check_of_a_faulty_one_is_exit_code_1(tmp_path: Path) -> None:
 def test_protocol_draw(tmp_path: Path) -> None:
     invoke("protocol", "draw", "longshort", "-o", tmp_path / "graph.png")
     assert (tmp_path / "graph.png").read_bytes().startswith(b"\x89PNG")
+    assert "a figure is written as PNG; got x.foo" in refused("protocol", "draw", "solo", "-o", "x.foo")
+    under_a_file = tmp_path / "graph.png" / "x.png"
+    assert f"cannot write {under_a_file}: " in refused("protocol", "draw", "solo", "-o", under_a_file)
     assert invoke("protocol", "draw", "solo").stdout.startswith("flowchart LR\n    start(( )) --> s0\n")
 
 

@@ -230,12 +230,13 @@ def draw(
     """
     from turnwise.named import graph_of, open_protocol
     from turnwise.protocols.drawing import draw, mermaid  # matplotlib
+    from turnwise.show import write_png
 
     graph = graph_of(open_protocol(protocol), protocol)
     if output is None:
         typer.echo(mermaid(graph), nl=False)
     else:
-        draw(graph, output)
+        write_png(output, lambda draft: draw(graph, draft))
         typer.echo(f"{output}: {len(graph.states)} states, {len(graph.seats)} seats")
 
 
