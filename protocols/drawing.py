@@ -99,7 +99,7 @@ def draw(graph: TurnGraph, path: str | Path) -> None:
             _write(axes, (x, y + 0.1), details[name], 8)
         elif name != _START:
             _write(axes, (x, y), details.get(name, name), 9)
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def _layers(graph: TurnGraph) -> tuple[dict[str, int], list[tuple[str, ...]]]:

@@ -83,7 +83,7 @@ class LongShortRecipe(Recipe):
     short: str = str(SHORT)
     max_turns: PositiveInt = 6
     long_tokens: PositiveInt = 160
-    short_tokens: PositiveInt = 160
+    short_tokens: PositiveInt = 120
     brevity: Points = RISING
     length: Literal["kimi", "arora-zanette"] = "kimi"
     right_beats_wrong: bool = True

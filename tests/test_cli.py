@@ -5,13 +5,16 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from turnwise.cli import app
+from turnwise.command import EXTRAS, run_app
 from turnwise.commands.playing import BENCHMARKS, PROBLEM_SETS, PROTOCOLS
 from turnwise.environments import arithmetic, benchmarks
 from turnwise.environments.errors import InputError
@@ -313,6 +316,9 @@ def test_protocol_check_of_a_faulty_one_is_exit_code_1(tmp_path: Path) -> None:
 def test_protocol_draw(tmp_path: Path) -> None:
     invoke("protocol", "draw", "longshort", "-o", tmp_path / "graph.png")
     assert (tmp_path / "graph.png").read_bytes().startswith(b"\x89PNG")
+    assert "a figure is written as PNG; got x.foo" in refused("protocol", "draw", "solo", "-o", "x.foo")
+    under_a_file = tmp_path / "graph.png" / "x.png"
+    assert f"cannot write {under_a_file}: " in refused("protocol", "draw", "solo", "-o", under_a_file)
     assert invoke("protocol", "draw", "solo").stdout.startswith("flowchart LR\n    start(( )) --> s0\n")
 
 
@@ -367,6 +373,44 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: each seat needs one agent")
     assert len(done.stderr.splitlines()) == 1
+
+
+def stopped(capsys: pytest.CaptureFixture[str], command: Callable[[], object]) -> str:
+    """The one line with which a command ends that a user must mend."""
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run_app(command)
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_graph_that_a_command_makes_and_pydantic_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "capped.py"
+    recipe.write_text(
+        "from turnwise.protocols.long_short import LongShort\nfrom turnwise.rl.recipe import LongShortRecipe\n"
+        "class Capped(LongShortRecipe):\n    def protocol(self):\n        return LongShort(max_turns=-1)\n"
+    )
+    told = stopped(capsys, lambda: app(["doctor", str(recipe)]))
+    assert told == "error: TurnGraph: max_turns: Input should be greater than 0; got -1"
+    protocol = tmp_path / "limited.py"
+    protocol.write_text(PROTOCOL.replace("max_turns=4,", "max_turns=4, token_limit=256,"))
+    told = stopped(capsys, lambda: app(["play", str(protocol), "--seat", "tiny-long", "--max-tokens", "500"]))
+    assert told.startswith("error: TurnGraph: ")
+    assert "256" in told
+
+
+@pytest.mark.parametrize(("package", "extra"), EXTRAS.items())
+def test_a_package_that_is_not_there(
+    package: str, extra: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    told = stopped(capsys, lambda: import_module(package))
+    assert told == f"error: this command needs the package {package}: pip install 'turnwise[{extra}]'"
+    assert extra in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def test_a_module_that_nothing_brings_is_a_bug() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        run_app(lambda: import_module("turnwise.nowhere"))
 
 
 def test_the_cold_start_tells_its_settings_and_what_it_cannot_do() -> None:

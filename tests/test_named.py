@@ -116,6 +116,13 @@ class TestOpenProtocol:
             open_protocol(str(written(tmp_path, PAIR.replace(old, new))))
         assert "\n" not in str(error.value)
 
+    def test_the_line_of_a_file_that_is_named_from_here(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "here").mkdir()
+        written(tmp_path / "here", PAIR.replace('then="judge"', 'then="jugde"'), "named_from_here.py")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(FaultyProtocolError, match=r"^here/named_from_here\.py, line 6: state 'guess' leads to"):
+            open_protocol("here/named_from_here.py:pair")
+
     def test_names_and_files_that_are_none(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="no protocol is called 'long-short'; name one of longshort, thinkless"):
             open_protocol("long-short")

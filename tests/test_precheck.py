@@ -31,7 +31,8 @@ def test_a_plan_in_tables() -> None:
 
 
 def test_a_plan_for_a_machine_to_read() -> None:
-    found = turnwise("plan", "--json", "longshort", *SMALL)
+    found = turnwise("plan", "longshort", "--json", *SMALL)
+    assert found.stdout == turnwise("plan", "--json", "longshort", *SMALL).stdout
     read = json.loads(found.stdout)
     assert [(one["policy"], one["role"], one["gpu"]) for one in read["plan"]["processes"]] == [
         ("long", "engine", 0), ("long", "rank", 1), ("short", "engine", 2), ("short", "rank", 3),
@@ -39,6 +40,13 @@ def test_a_plan_for_a_machine_to_read() -> None:
     assert read["plan"]["gpus"][1]["learning"]["optimiser"] == 12 * read["plan"]["shapes"]["long"]["parameters"]
     assert read["plan"]["dialogues"]["long"]["longest"] == 512 + 3 * 96 + 3 * 64
     assert read["estimate"]["gpus"] == 4
+
+
+@pytest.mark.parametrize("share", ["gpus-per-rank", "gpus-per-actor"])
+def test_nothing_is_estimated_where_a_cpu_works(share: str) -> None:
+    found = json.loads(turnwise("plan", "--json", "longshort", *SMALL, f"--openrlhf.{share}", 0).stdout)
+    assert found["estimate"] is None
+    assert len(found["plan"]["gpus"]) == 2
 
 
 def test_a_plan_larger_than_the_machine() -> None:
@@ -52,10 +60,19 @@ def test_the_doctor_passes_and_fails() -> None:
     found = turnwise("doctor", "thinkless")
     assert found.exit_code == 0, found.output
     assert "15 of 15 checks kept" in found.stdout
-    found = turnwise("doctor", "--json", "thinkless", "--think-tokens", 2000)
+    found = turnwise("doctor", "thinkless", "--think-tokens", 2000, "--json")
     assert found.exit_code == 1
     (fault,) = (check for check in json.loads(found.stdout) if check["fault"])
     assert fault["what"] == "dialogues fit the context"
+
+
+def test_the_doctor_looks_at_all_problems_that_are_trained_on() -> None:
+    assert turnwise("doctor", "longshort").exit_code == 0
+    # 954 sampled tokens fit the context with each of the first 64 prompts, of at most 66 tokens, but not with all.
+    tight = ("doctor", "--json", "longshort", "--short-tokens", 158)
+    assert turnwise(*tight, "--train-problems", 64).exit_code == 0
+    (fault,) = (check["fault"] for check in json.loads(turnwise(*tight).stdout) if check["fault"])
+    assert "prompts of 72 tokens and 954 sampled ones make 1026" in fault
 
 
 class Lonely(LongShortRecipe):

@@ -62,8 +62,8 @@ def test_control(runs: Path, tmp_path: Path) -> None:
     assert (found["problems"], found["team"]["tokens"]) == (20, 8.0)
     assert found["voting"]["2"]["tokens"] == 6.0
     assert found["same_tokens"]["cut short"] == {"accuracy": found["team"]["accuracy"], "tokens": 3.0}
-    assert "alone, voting" in run(*command, "--plot", tmp_path / "control.png")
-    assert (tmp_path / "control.png").read_bytes().startswith(b"\x89PNG")
+    assert "alone, voting" in run(*command, "--plot", tmp_path / "new" / "control.png")
+    assert (tmp_path / "new" / "control.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_export(runs: Path, tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ def test_results_are_shown_and_written(tmp_path: Path) -> None:
     controls = {"before, cut short": Control(0.25, 20.0)}
     show_results(
         RUNS, environment, console, baseline="before", controls=controls,
-        plot=tmp_path / "plot.png", results=tmp_path / "results.json",
+        plot=tmp_path / "new" / "plot.png", results=tmp_path / "results.json",
     )  # fmt: skip
     shown = text.getvalue()
     # (200 − 20) / 200 + 3 · (1 − 0.5) / 0.5
@@ -304,8 +304,8 @@ def test_results_are_shown_and_written(tmp_path: Path) -> None:
         "runs": json.loads(json.dumps({name: record(episodes) for name, episodes in RUNS.items()})),
         "controls": {"before, cut short": {"accuracy": 0.25, "tokens": 20.0}},
     }
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.png", "results.json"]
+    assert (tmp_path / "new" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "results.json"]
 
 
 def test_results_without_controls_files_or_levels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

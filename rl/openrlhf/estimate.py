@@ -68,7 +68,7 @@ def estimate(
     *,
     prompt_tokens: int = 512,
 ) -> Estimate:
-    """The time of each step, and of all, on the GPUs of a plan.
+    """The time of each step, and of all, on the GPUs of a plan, of which ranks and engines each have some.
 
     A trained token takes 6 N operations (N parameters that are multiplied with; forward 2 N, backward 4 N), and 2 N
     more for each further forward pass: the reference model's, that of gradient checkpointing, and that of the old
@@ -78,6 +78,10 @@ def estimate(
     said = assumptions.dialogue_share * protocol.graph.worst_case()[1]
     length, shares = prompt_tokens + said, seat_shares(protocol)
     flops = plan.machine.teraflops * 1e12
+    # Colocated, one side sleeps while the other works: each has the bundle's whole share in its turn.
+    both = settings.gpus_per_rank + settings.gpus_per_actor
+    ranks = settings.ranks * (both if settings.colocated else settings.gpus_per_rank)
+    engines = settings.actors * (both if settings.colocated else settings.gpus_per_actor)
     found = dict[str, PolicyEstimate]()
     for name, policy in policies.items():
         token = plan.shapes[name].arithmetic(length)
@@ -85,10 +89,7 @@ def estimate(
         trained = episodes * length * len(policy.seats)
         batches, loss = policy.learner.mini_batches, policy.learner.loss
         passes = 3 + settings.gradient_checkpointing + (loss.kl_coefficient > 0) + (batches - 1) / batches
-        learning = (
-            trained * passes * token / (flops * assumptions.learning * gpus(settings.ranks, settings.gpus_per_rank))
-        )
-        engines = gpus(settings.actors, settings.gpus_per_actor)
+        learning = trained * passes * token / (flops * assumptions.learning * ranks)
         sampling = token * (
             sampled / (flops * assumptions.sampling * engines)
             + (trained - sampled) / (flops * assumptions.reading * engines)
@@ -113,11 +114,6 @@ def seat_shares(protocol: GraphProtocol) -> dict[str, float]:
         for seat in protocol.seats
     }
     return {seat: mean / sum(means.values()) for seat, mean in means.items()}
-
-
-def gpus(processes: int, share: float) -> float:
-    """How many GPUs' arithmetic so many processes have; on a CPU one each, of which an estimate says nothing."""
-    return processes * (share or 1.0)
 
 
 def _assumed(plan: Plan, assumptions: Assumptions, said: float, prompt_tokens: int, episodes: int) -> tuple[str, ...]:

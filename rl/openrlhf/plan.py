@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from turnwise.agents.transformers_engine import PREFIX_TOKENS
 from turnwise.environments.errors import InputError
 from turnwise.protocols.graph import GraphProtocol
 from turnwise.rl.learner import LearnerSettings
@@ -151,7 +152,7 @@ def plan(
             moved[one.node] += prints[one.policy, one.role].main_memory
         gpus.append(GPU(*place_, here, learning, sampling))
     for gpu in gpus:
-        _check(gpu, machine)
+        _check(gpu, machine, settings)
     return Plan(machine, tuple(processes), tuple(gpus), shapes, dialogues, moved, (*left_out, ADAPTERS, *ASSUMED))
 
 
@@ -226,7 +227,7 @@ def _engine(shape: ModelShape, settings: OpenRLHFSettings, longest: int) -> Foot
     if settings.engine == "transformers":
         awake = {
             "engine weights": weights,
-            "cache": settings.max_running * longest * shape.cached(width=width),
+            "cache": (settings.max_running * longest + PREFIX_TOKENS) * shape.cached(width=width),
             "CUDA": CUDA,
         }
         return Footprint(awake, awake)
@@ -266,25 +267,29 @@ def _dialogues(policy: str, shape: ModelShape, settings: OpenRLHFSettings, most:
     return Dialogues(longest, int(1e9 / token), cache * settings.actors, at_once)
 
 
-REMEDIES = {
-    "weights": "zero_stage = 3",
-    "gathered weights": "fewer processes a GPU",
-    "gradients": "zero_stage = 2 or 3",
-    "optimiser": "more ranks",
-    "activations": "gradient_checkpointing, or a smaller micro_batch_size or context",
-    "logits": "flash_attention_2, or a smaller micro_batch_size or context",
-    "cache": "a smaller cache_gigabytes",
-    "workspace": "a smaller max_running",
-}
+def _remedies(settings: OpenRLHFSettings) -> dict[str, str]:
+    """What makes each part smaller and is not asked for already."""
+    shorter = "a smaller micro_batch_size or context"
+    return {
+        "weights": "more ranks" if settings.zero_stage == 3 else "zero_stage = 3",
+        "gathered weights": "fewer processes a GPU",
+        "gradients": "zero_stage = 2 or 3" if settings.zero_stage == 1 else "more ranks",
+        "optimiser": "more ranks",
+        "activations": shorter if settings.gradient_checkpointing else f"gradient_checkpointing, or {shorter}",
+        "logits": shorter if settings.attention == "flash_attention_2" else f"flash_attention_2, or {shorter}",
+        "cache": "a smaller cache_gigabytes" if settings.engine == "vllm" else "a smaller max_running or context",
+        "workspace": "a smaller max_running",
+    }
 
 
-def _check(gpu: GPU, machine: Machine) -> None:
+def _check(gpu: GPU, machine: Machine, settings: OpenRLHFSettings) -> None:
     usable = machine.usable * machine.gpu_gigabytes * 1e9
     if gpu.peak <= usable:
         return
     parts = sorted(gpu.parts.items(), key=lambda part: -part[1])
     named = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts[:3])
-    remedies = [REMEDIES[name] for name, _ in parts[:3] if name in REMEDIES] or ["fewer processes a GPU"]
+    known = _remedies(settings)
+    remedies = [known[name] for name, _ in parts[:3] if name in known] or ["fewer processes a GPU"]
     raise InputError(
         f"a plan must fit each GPU's memory; GPU {gpu.number} of node {gpu.node} needs {gpu.peak / 1e9:.1f} GB while "
         f"{gpu.phase} ({named}), and {usable / 1e9:.1f} of {machine.gpu_gigabytes:g} GB can be planned with: ask for "

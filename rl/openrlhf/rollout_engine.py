@@ -382,6 +382,7 @@ def _transformers(model: str | Path, settings: OpenRLHFSettings) -> tuple[type, 
         "device": "cuda" if settings.gpus_per_actor else "cpu",
         "dtype": settings.dtype,
         "max_running": settings.max_running,
+        "context": settings.context,
     }
     return TransformersActor, arguments, {}
 

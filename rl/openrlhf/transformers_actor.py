@@ -12,10 +12,13 @@ from turnwise.rl.openrlhf.sampling_actor import SamplingActor, Served
 class TransformersActor(SamplingActor):
     """Samples as `TransformersEngine` does. Its weights come as a state dict, through Ray."""
 
-    def __init__(self, model: str | Path, *, device: str, dtype: str, max_running: int, version: int) -> None:
+    def __init__(
+        self, model: str | Path, *, device: str, dtype: str, max_running: int, context: int | None, version: int
+    ) -> None:
         self.engine: TransformersEngine = TransformersEngine.load(
             model, device=device, dtype=getattr(torch, dtype), max_running=max_running
         )
+        self.engine.context = min(context or self.engine.context, self.engine.context)
         self.engine.version = version
 
     def served(self) -> Served:

@@ -5,7 +5,7 @@ import tomllib
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -14,7 +14,15 @@ from rich.text import Text
 
 from turnwise.environments.errors import InputError
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+
 C = TypeVar("C", bound=BaseModel)
+
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "jaxtyping", "pydantic_settings", "tensorboard"), "train"),
+    "datasets": "data", "matplotlib": "plots", "json_repair": "cold-start",
+}  # fmt: skip
+"""The extra of turnwise with which a package comes, and with it all else that the same commands import."""
 
 
 def run(main: Callable[..., None]) -> None:
@@ -76,9 +84,8 @@ def read_config(config: type[C], arguments: list[str], *, program: str | None = 
 
     try:
         read = CliApp.run(Settings, cli_args=flags)
-    except ValidationError as errors:
-        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}; got {e['input']!r}" for e in errors.errors()]
-        raise InputError("; ".join(faults)) from None
+    except ValidationError as refused:
+        raise InputError(faults_in(refused)) from None
     except SettingsError as error:
         raise InputError(f"{error}; --help lists all flags") from None
     return config(**{name: getattr(read, name) for name in config.model_fields})
@@ -91,10 +98,32 @@ def load_quietly() -> None:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def run_app(command: Callable[[], None]) -> None:
+def run_app(command: Callable[[], object]) -> None:
     """Runs a command; what a user must mend is one line on stderr, and exit code 2."""
     try:
         command()
     except InputError as error:
-        Console(stderr=True, soft_wrap=True).print(Text(f"error: {error}", style="red"))
-        sys.exit(2)
+        _refuse(str(error))
+    except ValidationError as refused:  # such as a graph that a recipe makes of its settings
+        _refuse(f"{refused.title}: {faults_in(refused)}")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        _refuse(f"this command needs the package {package}: pip install 'turnwise[{EXTRAS[package]}]'")
+
+
+def faults_in(refused: ValidationError) -> str:
+    """In one line where and why pydantic refuses something, and what came, unless that is a whole table."""
+    found = []
+    for error in refused.errors():
+        place = ".".join(map(str, error["loc"]))
+        told = error["msg"].removeprefix("Value error, ")
+        got = "" if isinstance(error["input"], dict) else f"; got {error['input']!r}"
+        found.append(f"{place}: {told}{got}" if place else f"{told}{got}")
+    return "; ".join(found)
+
+
+def _refuse(fault: str) -> NoReturn:
+    Console(stderr=True, soft_wrap=True).print(Text(f"error: {fault}", style="red"))
+    sys.exit(2)

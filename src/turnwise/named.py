@@ -16,7 +16,7 @@ from turnwise.agents.agent import Agent
 from turnwise.agents.scripted import ScriptedAgent
 from turnwise.agents.team import EngineName, open_team
 from turnwise.agents.tiny import LONG, NOVICE, ROUTER, SHORT
-from turnwise.command import load_quietly
+from turnwise.command import faults_in, load_quietly
 from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
 from turnwise.protocols.debate import Debate, Panel
@@ -216,10 +216,7 @@ def load_file(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except ValidationError as refused:
-        faults = [error["msg"].removeprefix("Value error, ") for error in refused.errors()]
-        places = [".".join(map(str, error["loc"])) for error in refused.errors()]
-        told = "; ".join(f"{place}: {fault}" if place else fault for place, fault in zip(places, faults, strict=True))
-        raise FaultyProtocolError(f"{path}, line {_line(refused, path)}: {told}") from None
+        raise FaultyProtocolError(f"{path}, line {_line(refused, path)}: {faults_in(refused)}") from None
     except InputError as error:
         raise FaultyProtocolError(f"{path}, line {_line(error, path)}: {error}") from None
     except Exception as error:
@@ -232,7 +229,8 @@ def _line(error: Exception, path: Path) -> int | None:
     if isinstance(error, SyntaxError):
         return error.lineno
     frames = traceback.extract_tb(error.__traceback__)
-    return next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), None)
+    file = str(path.absolute())  # as importlib calls it
+    return next((frame.lineno for frame in reversed(frames) if frame.filename == file), None)
 
 
 def _with_budget(protocol: ReasoningProtocol, max_tokens: int, name: str) -> GraphProtocol:

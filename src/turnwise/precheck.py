@@ -20,12 +20,18 @@ from turnwise.show import open_environment
 
 
 def show_plan(recipe: Recipe, *, as_json: bool = False) -> None:
-    """Prints the plan and the estimate of a recipe. Raises InputError where it does not fit the machine."""
+    """Prints the plan of a recipe and, where all of it runs on GPUs, the estimate.
+
+    Raises InputError where it does not fit the machine.
+    """
     protocol, policies, settings = graph_of(recipe), recipe.policies(), recipe.openrlhf
     planned = plan(policies, settings, protocol, recipe.machine, prompt_tokens=recipe.prompt_tokens)
-    found = estimate(
-        planned, policies, settings, protocol, recipe.training, recipe.assumptions, prompt_tokens=recipe.prompt_tokens
-    )
+    found = None
+    if settings.gpus_per_rank and settings.gpus_per_actor:  # of a CPU's arithmetic nothing is known
+        found = estimate(
+            planned, policies, settings, protocol, recipe.training, recipe.assumptions,
+            prompt_tokens=recipe.prompt_tokens,
+        )  # fmt: skip
     if as_json:
         options = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS
         written = orjson.dumps({"plan": planned, "estimate": found}, default=BaseModel.model_dump, option=options)
@@ -39,16 +45,17 @@ def show_plan(recipe: Recipe, *, as_json: bool = False) -> None:
             if size:
                 console.print(f"and {size / 1e9:.1f} GB in the main memory of node {node}, moved there in turns")
     console.print(dialogues(planned))
-    if planned.gpus:
+    if found:
         console.print(estimated(found))
-    for note in (*planned.notes, *found.assumed):
+    for note in (*planned.notes, *(found.assumed if found else ())):
         console.print(f"- {note}", markup=False, highlight=False)
 
 
 def show_examination(recipe: Recipe, *, as_json: bool = False) -> bool:
     """Prints what the doctor found of a recipe; whether nothing is at fault."""
     with MathGrader(workers=1) as grader:
-        checks = examination(recipe, open_environment(recipe.train, grader, number=64, seed=0, split="train"))
+        problems = open_environment(recipe.train, grader, number=recipe.train_problems, seed=0, split="train")
+        checks = examination(recipe, problems)
     console, failed = Console(), [check for check in checks if not check.kept]
     if as_json:
         print(orjson.dumps(checks, option=orjson.OPT_INDENT_2).decode())

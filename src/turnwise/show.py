@@ -92,6 +92,13 @@ def _told(name: str, loaded: "LoadedProblems") -> tuple[Problem, ...]:
     return loaded.problems
 
 
+def write_png(path: Path, write: Callable[[Path], object]) -> None:
+    """As `write_whole`. Raises InputError for another kind of file, too."""
+    if path.suffix != ".png":
+        raise InputError(f"a figure is written as PNG; got {path}: name a file that ends in .png")
+    write_whole(path, write)
+
+
 def play_shown(
     title: str,
     protocol: ReasoningProtocol,
@@ -185,7 +192,8 @@ def show_results(
     if plot:
         from turnwise.analysis.plots import accuracy_over_tokens  # matplotlib: only where it is asked for
 
-        accuracy_over_tokens(runs, title=title).savefig(plot)
+        figure = accuracy_over_tokens(runs, title=title)
+        write_png(plot, lambda draft: figure.savefig(draft, format="png"))
 
 
 def contribution_shown(

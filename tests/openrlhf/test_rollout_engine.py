@@ -36,7 +36,7 @@ from turnwise.rl.advantage import Sample
 from turnwise.rl.learner import LearnerSettings
 from turnwise.rl.openrlhf.homes import BLOCK, Homes
 from turnwise.rl.openrlhf.learner import OpenRLHFLearner
-from turnwise.rl.openrlhf.rollout_engine import LIVES, RolloutEngine
+from turnwise.rl.openrlhf.rollout_engine import LIVES, RolloutEngine, _transformers
 from turnwise.rl.openrlhf.sampling_actor import EngineDiedError
 from turnwise.rl.openrlhf.settings import OpenRLHFSettings
 from turnwise.rl.openrlhf.vllm_actor import VLLMActor, Worker
@@ -330,6 +330,12 @@ def test_a_cancelled_turn_is_called_off_in_vllm(long: RolloutEngine) -> None:
 
     assert_alike(asyncio.run(run()), asyncio.run(greedy(transformers(LONG))))
     assert not long._running
+
+
+@pytest.mark.parametrize(("asked", "served"), [(None, 1024), (100, 100), (2000, 1024)])
+def test_transformers_serves_the_context_that_is_asked_for(asked: int | None, served: int) -> None:
+    actor, arguments, _ = _transformers(LONG, ON_CPU.model_copy(update={"context": asked}))
+    assert actor(**arguments, version=0).served().context == served
 
 
 def test_a_token_that_the_model_does_not_know_fails_its_turn_alone(long: RolloutEngine) -> None:

@@ -74,7 +74,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Figure]:
     """The figures that were saved."""
     figures: list[Figure] = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path: (figures.append(figure), save(figure, path)))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, path, **more: (figures.append(figure), save(figure, path, **more))
+    )
     return figures
 
 

@@ -72,6 +72,9 @@ def test_tiny_models_on_one_gpu_each() -> None:
     assert found.gpus[1].learning["weights"] == 2 * found.shapes["long"].parameters
     # The protocol would allow 4,608 tokens, the tiny models' context 1,024.
     assert found.dialogues["long"].longest == 1024
+    # 64 turns at once, and the prefixes that are kept of others.
+    cached = (64 * 1024 + 65_536) * found.shapes["long"].cached(width=2)
+    assert found.gpus[0].learning["cache"] == found.gpus[0].sampling["cache"] == cached
 
 
 class TestShapes:
@@ -296,6 +299,15 @@ class TestRefusals:
         assert "while learning (logits " in message
         assert "ask for flash_attention_2, or a smaller micro_batch_size or context; or " in message
 
+    def test_no_remedy_that_is_taken_already(self, folders: Mapping[str, Path]) -> None:
+        learner = LearnerSettings(micro_batch_size=64)
+        message = self.refused(folders["distill"], {**H100, "zero_stage": 3}, Machine(), learner)
+        assert "while learning (logits " in message
+        assert message.endswith("ask for a smaller micro_batch_size or context; or more ranks")
+        message = self.refused(folders["qwen"], {**H100, "engine": "transformers", "max_running": 300}, Machine())
+        assert "while learning (cache " in message
+        assert message.endswith("ask for a smaller max_running or context")
+
     def test_seats_that_the_protocol_has_not(self) -> None:
         policies = {"judge": Policy(LONG, ("judge",))}
         with pytest.raises(InputError, match=r"of \['long', 'short'\], each once; got \['judge'\]"):
@@ -352,6 +364,18 @@ class TestEstimate:
         assert seconds(LearnerSettings(), checkpointing=True) == pytest.approx(plain * 4 / 3)
         assert seconds(LearnerSettings(loss=LossSettings(kl_coefficient=1e-3))) == pytest.approx(plain * 4 / 3)
         assert seconds(LearnerSettings(mini_batches=2)) == pytest.approx(plain * 3.5 / 3)
+
+    def test_colocated_each_phase_has_both_shares(self, folders: Mapping[str, Path]) -> None:
+        policies, settings, planned = self.planned(folders)
+
+        def seconds(share: float, colocated: bool) -> float:
+            shares = {"actors": 2, "gpus_per_rank": share, "gpus_per_actor": share, "colocated": colocated}
+            changed = settings.model_copy(update=shares)
+            return estimate(planned, policies, changed, LongShort(), TrainingSettings(), Assumptions()).step_seconds
+
+        whole = seconds(1, colocated=False)
+        assert seconds(0.5, colocated=True) == pytest.approx(whole)
+        assert seconds(0.5, colocated=False) == pytest.approx(2 * whole)
 
     def test_policies_that_learn_in_one_round_do_so_at_once(self, folders: Mapping[str, Path]) -> None:
         policies, settings, planned = self.planned(folders)

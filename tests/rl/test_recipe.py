@@ -27,7 +27,7 @@ def test_long_short_is_paid_by_its_schedule_and_length_reward() -> None:
         ("correctness", 1.0, 1.0), ("format", 1.0, 1.0), ("arora zanette length", 0.0, 1.0),
     ]  # fmt: skip
     assert (protocol.graph.max_turns, protocol.graph.states["think"].max_tokens) == (8, 7)
-    assert protocol.graph.states["answer"].max_tokens == 160
+    assert protocol.graph.states["answer"].max_tokens == 120
 
 
 def test_the_short_model_learns_as_the_long_one_unless_told_otherwise() -> None:

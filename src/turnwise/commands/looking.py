@@ -6,10 +6,9 @@ from typing import Annotated, Literal
 import typer
 
 from turnwise.agents.team import EngineName
+from turnwise.command import AsJson
 
 app = typer.Typer()
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
 
 @app.command(no_args_is_help=True)
@@ -170,9 +169,11 @@ def control(
     found = at_all_budgets(stored_episodes(run), stored_episodes(alone))
     if plot is not None:
         from turnwise.analysis.plots import accuracy_over_budgets
+        from turnwise.show import write_png
 
         title = f"{found.problems} problems, {alone.name} against {run.name}"
-        accuracy_over_budgets(found, team=run.name, title=title).savefig(plot)
+        figure = accuracy_over_budgets(found, team=run.name, title=title)
+        write_png(plot, lambda draft: figure.savefig(draft, format="png"))
     if as_json:
         typer.echo(orjson.dumps(asdict(found), option=orjson.OPT_NON_STR_KEYS | orjson.OPT_INDENT_2))
         return

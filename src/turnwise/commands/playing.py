@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from turnwise.command import AsJson
+
 app = typer.Typer()
 protocols = typer.Typer(no_args_is_help=True, help="Look at a protocol: what it is, and whether it can be played.")
 app.add_typer(protocols, name="protocol")
@@ -39,7 +41,6 @@ Seats = Annotated[
         "Python file, FILE.py:NAME (lines, or a function of turn and seed). Without SEAT=, all other seats.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Budget of each turn, in place of the protocol's own.")]
 AnswerMarker = Annotated[
     str | None, typer.Option(help="What answers stand behind, such as '####', where they are in no \\boxed{}.")
@@ -229,12 +230,13 @@ def draw(
     """
     from turnwise.named import graph_of, open_protocol
     from turnwise.protocols.drawing import draw, mermaid  # matplotlib
+    from turnwise.show import write_png
 
     graph = graph_of(open_protocol(protocol), protocol)
     if output is None:
         typer.echo(mermaid(graph), nl=False)
     else:
-        draw(graph, output)
+        write_png(output, lambda draft: draw(graph, draft))
         typer.echo(f"{output}: {len(graph.states)} states, {len(graph.seats)} seats")
 
 

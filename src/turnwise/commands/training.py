@@ -4,9 +4,10 @@ from typing import Annotated
 
 import typer
 
+from turnwise.command import AsJson, load_quietly, read_config
+
 app = typer.Typer()
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 RecipeName = Annotated[
     str, typer.Argument(help="longshort, thinkless, or a file with a recipe of your own: FILE.py or FILE.py:NAME.")
 ]
@@ -24,14 +25,12 @@ def train(context: typer.Context, recipe: RecipeName) -> None:
     turnwise train longshort --config examples/openrlhf/longshort_tiny.toml --training.seed 1 --output runs/seed-1
     """
     from rich.console import Console
-    from transformers.utils import logging
 
-    from turnwise.command import read_config
     from turnwise.show import show_trained, train_shown
     from turnwise.train import open_trainer, recipe_called
 
     settings = read_config(recipe_called(recipe), context.args, program=f"turnwise train {recipe}")
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one a file would drown the line of training
+    load_quietly()
     console = Console()
     with open_trainer(settings) as trainer:
         train_shown(trainer, console)
@@ -46,10 +45,10 @@ def plan(context: typer.Context, recipe: RecipeName, as_json: AsJson = False) ->
 
     turnwise plan longshort --config examples/openrlhf/longshort_qwen_7b.toml --assumptions.gpu-hour-price 2.5
     """
-    from turnwise.command import read_config
     from turnwise.precheck import show_plan
     from turnwise.train import recipe_called
 
+    as_json = _take_json(context.args) or as_json
     show_plan(read_config(recipe_called(recipe), context.args, program=f"turnwise plan {recipe}"), as_json=as_json)
 
 
@@ -61,13 +60,20 @@ def doctor(context: typer.Context, recipe: RecipeName, as_json: AsJson = False) 
 
     turnwise doctor thinkless --model Vinnnf/Thinkless-1.5B-Warmup --train gsm8k
     """
-    from turnwise.command import read_config
     from turnwise.precheck import show_examination
     from turnwise.train import recipe_called
 
+    as_json = _take_json(context.args) or as_json
     settings = read_config(recipe_called(recipe), context.args, program=f"turnwise doctor {recipe}")
     if not show_examination(settings, as_json=as_json):
         raise typer.Exit(1)
+
+
+def _take_json(arguments: list[str]) -> bool:
+    """Whether --json stands behind the recipe too, from where it is taken: it is no setting of the recipe's."""
+    found = "--json" in arguments
+    arguments[:] = [word for word in arguments if word != "--json"]
+    return found
 
 
 @app.command("cold-start", context_settings={**SETTINGS_FOLLOW, "help_option_names": []}, options_metavar="")
@@ -79,13 +85,11 @@ def start_cold(context: typer.Context) -> None:
     turnwise cold-start --chains r1.jsonl --base Qwen/Qwen2.5-7B-Instruct --completer Qwen/Qwen2.5-7B-Instruct
     """
     from rich.console import Console
-    from transformers.utils import logging
 
     from turnwise.cold_start import ColdStartRecipe, cold_start
-    from turnwise.command import read_config
 
     settings = read_config(ColdStartRecipe, context.args, program="turnwise cold-start")
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one a file would drown the stages
+    load_quietly()
     console = Console()
     for seat, folder in cold_start(settings, console).items():
         console.print(f"{seat}: {folder}", highlight=False)
