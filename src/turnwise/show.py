@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -88,7 +89,7 @@ def read_problems(path: str | Path, *, number: int | None, solution: str | None 
 
 def _told(name: str, loaded: "LoadedProblems") -> tuple[Problem, ...]:
     if loaded.dropped:
-        Console(stderr=True).print(f"{name}: {loaded}")
+        Console(stderr=True).print(f"{name}: {loaded}", markup=False)
     return loaded.problems
 
 
@@ -111,7 +112,12 @@ def play_shown(
     played again. `settings` is what, besides protocol, problems and seed, must be equal for that.
     """
     described = {"protocol": protocol.fingerprint, "problems": environment.name, "seed": seed, **(settings or {})}
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:<12}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with (
         EpisodeStore(output / title.replace(" ", "-"), described) if output else nullcontext() as store,
         Progress(*columns, console=console) as progress,
@@ -243,7 +249,12 @@ def train_shown(trainer: "Trainer", console: Console) -> None:
 
     Evaluations are printed as they come, and so is the first step of a mode's collapse.
     """
-    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
     alarmed = None
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=trainer.steps)
@@ -275,7 +286,12 @@ def show_trained(trainer: "Trainer", console: Console) -> None:
 @contextmanager
 def stages_shown(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar for each stage of a long work, by what it yields: a function of (stage, done, at the most)."""
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:<12}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         tasks = dict[str, TaskID]()
 
@@ -347,7 +363,7 @@ def conversation(episode: Episode) -> Panel:
     seats = list(dict.fromkeys(step.seat for step in episode.transcript.steps))
     parts = [Text(episode.transcript.problem.statement, style="bold")]
     parts += (said(step.seat, step.text, seats) for step in episode.transcript.steps)
-    return Panel(Group(*parts, verdict(episode)), title=episode.id, title_align="left", border_style="dim")
+    return Panel(Group(*parts, verdict(episode)), title=escape(episode.id), title_align="left", border_style="dim")
 
 
 def said(seat: str, text: str, seats: Sequence[str]) -> Text:

@@ -102,7 +102,6 @@ def tell_contribution(
 
     import orjson
     from rich.console import Console
-    from rich.markup import escape
 
     from turnwise.agents.team import open_team
     from turnwise.analysis.contribution import ABLATED, ablated
@@ -139,7 +138,7 @@ def tell_contribution(
         return
     console = Console()
     title = f"{found[0].episodes} episodes of {run.name}, with {name} in each seat"
-    console.print(contributions(found, title=escape(title)))
+    console.print(contributions(found, title=title))
     for alarm in (alarm for one in found for alarm in one.alarms):
         console.print(alarm, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
@@ -154,7 +153,7 @@ def control(
     """Holds a team against a lone agent with the same tokens, reckoned from stored samples.
 
     The lone agent is cut short where its tokens are those of the team, or votes (self-consistency) as often as they
-    allow.
+    allow. Intervals of 95% are over problems.
 
     turnwise control runs/first/long⊗short --alone runs/first/long-alone --plot control.png
     """
@@ -177,7 +176,8 @@ def control(
         typer.echo(orjson.dumps(asdict(found), option=orjson.OPT_NON_STR_KEYS | orjson.OPT_INDENT_2))
         return
     held = {f"{alone.name}, {name}": one for name, one in found.same_tokens.items()}
-    Console().print(equal_tokens({run.name: found.team, **held}))
+    gains = {f"{alone.name}, {name}": gain for name, gain in found.gains.items()}
+    Console().print(equal_tokens({run.name: found.team, **held}, gains))
 
 
 @app.command()
