@@ -133,7 +133,7 @@ async def branch(
     stream = rollout(
         protocol, branched, Environment("branched", list(problems.values()), _Grades(protocol, graded, grader)),
         samples=1 + max(episode.sample for episode in graded), seed=seed, concurrency=concurrency,
-        store=_Wanted({episode.id for episode in graded}, store),
+        store=store, only={episode.id for episode in graded},
     )  # fmt: skip
     async for episode in stream:
         yield episode
@@ -251,24 +251,3 @@ class _Grades(Grader):
     async def grade(self, problem: Problem, text: str) -> Grade:
         """The known grade, or a new one."""
         return self._known.get((problem.id, text)) or await self._grader.grade(problem, text)
-
-
-class _Wanted(Store):
-    """Lets none but some episodes be played: to a rollout, all others are there already."""
-
-    def __init__(self, wanted: set[str], store: Store | None) -> None:
-        self._wanted = wanted
-        self._store = store
-
-    @property
-    def ids(self) -> "_Wanted":
-        """What need not be played."""
-        return self
-
-    def __contains__(self, id: object) -> bool:
-        return id not in self._wanted or (self._store is not None and id in self._store.ids)
-
-    def append(self, episode: Episode) -> None:
-        """Keeps one episode, where there is something to keep it in."""
-        if self._store is not None:
-            self._store.append(episode)

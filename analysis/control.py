@@ -56,7 +56,7 @@ def capped(groups: Sequence[Sequence[Episode]], cap: int) -> Control:
 
 
 def cap_for(groups: Sequence[Sequence[Episode]], tokens: float) -> int:
-    """The highest cap with which the lone agent spends at most `tokens` on average; where it cuts nothing, the lowest."""
+    """The cap on an episode's tokens with which the lone agent spends `tokens` on average, or just below."""
     lengths = sorted(episode.transcript.token_count for group in groups for episode in group)
     spent, cap = 0.0, 0
     for index, length in enumerate(lengths):  # up to `length`, all episodes from here on are cut

@@ -28,9 +28,9 @@ class Evaluation:
     mean over problems of the share of their samples that are right; `by_seed` the same for each seed. `pass_at` has
     pass@k for powers of two up to `samples`, and for `samples`. `tokens` are sampled tokens an episode, `seat_tokens`
     those of each seat, `tokens_per_right` those of all episodes over the number of right ones (None: nothing was
-    right). `turns`, `think_share` and `outcomes` are as in a `Summary`. Of all turns but those that choose a mode, `cut_off`
-    is the share that the token budget ended, and `seat_cut_off` that of each seat. Of all turns, `ill_formed` is the share
-    that `breaks_form` finds fault with (None: the form is not known).
+    right). `turns`, `think_share` and `outcomes` are as in a `Summary`. Of all turns but those that choose a mode,
+    `cut_off` is the share that the token budget ended, and `seat_cut_off` that of each seat. Of all turns, `ill_formed`
+    is the share that `breaks_form` finds fault with (None: the form is not known).
     """
 
     episodes: int

@@ -25,7 +25,8 @@ class Summary:
 
     `accuracy` in [0, 1] with its 95% interval, that of `over_problems`. `tokens` are sampled tokens an episode, whole
     dialogue; `seat_tokens` the same for each seat. `turns` is the mean number of turns. `outcomes` counts what grading
-    found. `think_share` is the share of episodes that opened with a control token which chose to think (None: none did).
+    found. `think_share` is the share of episodes that chose to think, of those that opened with a control token which
+    chose (None: none did).
     """
 
     episodes: int

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -105,11 +105,13 @@ def play_shown(
     samples: int = 1,
     output: Path | None = None,
     settings: Mapping[str, str | int | float] | None = None,
+    only: Collection[str] | None = None,
 ) -> list[Episode]:
     """Plays every problem `samples` times under a progress bar; prints the first `shown` conversations as they end.
 
     With an `output` folder the episodes are kept in a subfolder named after `title`; what is there already is not
-    played again. `settings` is what, besides protocol, problems and seed, must be equal for that.
+    played again. `settings` is what, besides protocol, problems and seed, must be equal for that. `only` has the ids of
+    the episodes to be played, if not all are.
     """
     described = {"protocol": protocol.fingerprint, "problems": environment.name, "seed": seed, **(settings or {})}
     columns = (
@@ -124,10 +126,12 @@ def play_shown(
     ):
         episodes = in_order(environment, (episode for episode in store or () if episode.error is None))
         already = len(episodes)
-        task = progress.add_task(title, total=len(environment.problems) * samples, completed=already)
+        most = len(environment.problems) * samples if only is None else len(only)
+        task = progress.add_task(title, total=most, completed=already)
 
         async def watch() -> None:
-            async for episode in rollout(protocol, team, environment, samples=samples, seed=seed, store=store):
+            stream = rollout(protocol, team, environment, samples=samples, seed=seed, store=store, only=only)
+            async for episode in stream:
                 if len(episodes) - already < shown:
                     console.print(conversation(episode))
                 episodes.append(episode)
@@ -205,13 +209,16 @@ def contribution_shown(
     *,
     folder: Path,
     run: Run,
+    settings: Run,
 ) -> Contribution:
     """What a seat of a run is worth against `instead`, a name and an agent, under a progress bar.
 
-    The episodes that are played for it are kept in a subfolder; `run` is what they branch from.
+    The episodes that are played for it are kept in a subfolder; `run` is what they branch from, and `settings` who
+    fills the other seats, and how. Raises InputError where the subfolder holds what was played otherwise.
     """
     name, agent = instead
-    described = {**{f"of {key}": value for key, value in run.items()}, "seat": seat, "instead": name}
+    described = {"protocol": protocol.fingerprint, **settings, "seat": seat, "instead": name}
+    described |= {f"of {key}": value for key, value in run.items()}
     title = re.sub(r"[^\w.-]+", "-", f"{seat} {name}")
     with EpisodeStore(folder / title, described) as store, stages_shown(console) as on_progress:
         total = sum(episode.grade is not None for episode in episodes)
