@@ -124,8 +124,9 @@ def test_export(runs: Path, tmp_path: Path) -> None:
 def test_import_chats(tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
     messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "#### 2"}]
-    chats.write_text(json.dumps({"messages": messages, "gold": "2"}) + "\n")
-    command = ("import-chats", chats, "-o", tmp_path / "run", "--answer-column", "gold", "--marker", "####")
+    chats.write_text(json.dumps({"said": messages, "gold": "2"}) + "\n")
+    columns = ("--messages-column", "said", "--answer-column", "gold")
+    command = ("import-chats", chats, "-o", tmp_path / "run", *columns, "--marker", "####")
     assert json.loads(run(*command, "--json")) == {"chats": 1, "graded": 1, "right": 1}
     assert "1 graded, 1 of them right" in run(*command)
 

@@ -53,7 +53,7 @@ def test_a_training_run_is_told_of_by_run_level_and_step(training_run: Path, tmp
     assert run["metrics"] == {"evaluation/right": [[0], [0.5]], "right": [[1, 2], [0.5, 0.75]]}
     whole = run["whole"]
     assert (whole["episodes"], whole["failed"], whole["right"], whole["turns"]) == (4, 1, 0.5, 2.5)
-    assert whole["interval"] == list(wilson(2, 4))
+    assert whole["interval"] == list(wilson(1, 2))  # half of each of two problems
     assert whole["outcomes"] == {"right": 2, "wrong": 1, "unparsable": 1}
     assert (whole["rethinks"], whole["aha"], run["phrases"]) == (1, 1, {"overthink": 1})
     assert whole["tokens"] == pytest.approx(whole["seats"]["long"] + whole["seats"]["short"])

@@ -224,6 +224,7 @@ def export(
 def read_chats(
     file: Annotated[Path, typer.Argument(help='JSONL, a chat a line: {"messages": [{"role", "content"}]}.')],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the run that they become.")],
+    messages_column: Annotated[str, typer.Option(help="Where a line has the chat.")] = "messages",
     answer_column: Annotated[str, typer.Option(help="Where a line has the gold answer, if it does.")] = "answer",
     problem_column: Annotated[
         str, typer.Option(help="Where it has the problem; else what comes first is.")
@@ -247,7 +248,7 @@ def read_chats(
     from turnwise.environments.answers import last_boxed, last_marked
     from turnwise.environments.math_grader import MathGrader
 
-    columns = ChatColumns(id=id_column, problem=problem_column, answer=answer_column)
+    columns = ChatColumns(messages=messages_column, id=id_column, problem=problem_column, answer=answer_column)
     with MathGrader(extract=partial(last_marked, marker=marker) if marker else last_boxed) as grader:
         found = import_chats(file, output, grader, columns=columns)
     told = f"{found.chats} chats are in {output}; {found.graded} graded, {found.right} of them right"
