@@ -88,11 +88,13 @@ def test_what_stands_in_a_log(run: Path, tmp_path: Path) -> None:
     assert not ungraded.keys() & {"scores", "error"}
 
 
+SAID = (("assistant", "imported"), ("tool", ""), ("user", ""))
+CHAT = Transcript(PROBLEM, tuple(Step(role, role, Reply("4", int(bool(model)), model=model)) for role, model in SAID))
+
+
 def test_who_was_not_sampled_is_no_assistant(tmp_path: Path) -> None:
-    said = (("assistant", "imported"), ("tool", ""), ("user", ""))
-    steps = tuple(Step(role, role, Reply("4", int(bool(model)), model=model)) for role, model in said)
     with EpisodeStore(tmp_path / "run", {"protocol": "chat log"}) as store:
-        store.append(Episode(Transcript(PROBLEM, steps), 0, 0))
+        store.append(Episode(CHAT, 0, 0))
     export_inspect(tmp_path / "run", tmp_path / "run.json")
     (sample,) = (log := json.loads((tmp_path / "run.json").read_text()))["samples"]
     assert [message["role"] for message in sample["messages"]] == ["user", "assistant", "tool", "user"]
@@ -140,6 +142,12 @@ def test_what_cannot_be_exported_leaves_the_old_log_alone(run: Path, tmp_path: P
 def test_inspects_own_loader_reads_it(run: Path, tmp_path: Path) -> None:
     log_module = pytest.importorskip("inspect_ai.log", reason="needs inspect_ai: make inspect")
     path = tmp_path / "run.json"
+    with EpisodeStore(tmp_path / "chats", {"protocol": "chat log"}) as store:
+        store.append(Episode(CHAT, 0, 0))
+    export_inspect(store.folder, path)
+    (chat,) = log_module.read_eval_log(str(path)).samples
+    assert [message.role for message in chat.messages] == ["user", "assistant", "tool", "user"]
+    assert [event.role for event in chat.events] == ["assistant"]
     export_inspect(run, path)
     header = log_module.read_eval_log(str(path), header_only=True)
     assert (header.status, header.eval.task, header.samples) == ("success", "run", None)
