@@ -4,10 +4,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import orjson
-
 from turnwise.agents.scripted import ScriptedAgent
 from turnwise.environments.errors import InputError
+from turnwise.environments.json_lines import json_object, numbered_lines
 from turnwise.environments.problem import Problem
 from turnwise.environments.seeds import turn_seed
 from turnwise.environments.transcript import Reply, Turn
@@ -74,18 +73,14 @@ def answering(
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     try:
-        lines = path.read_bytes().splitlines()
+        for number, line in numbered_lines(path):
+            try:
+                row = json_object(line)
+            except ValueError as error:
+                raise InputError(f"line {number} of {path} must be a JSON object; it is {error}: mend it") from None
+            yield number, row
     except OSError as error:
         raise InputError(f"cannot read solutions from {path}: {error.strerror}") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                row = orjson.loads(line)
-            except orjson.JSONDecodeError as error:
-                raise InputError(f"line {number} of {path} is not JSON: {error}; mend or remove it") from None
-            if not isinstance(row, dict):
-                raise InputError(f"line {number} of {path} must be a JSON object; got {line[:40].decode()}")
-            yield number, row
 
 
 def _answers(row: Mapping[str, object], default: str) -> Iterator[tuple[str, str]]:

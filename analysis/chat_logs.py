@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import orjson
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from turnwise.agents.stored_answers import count_words
 from turnwise.environments.environment import Grader
 from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
+from turnwise.environments.json_lines import json_object, numbered_lines
 from turnwise.environments.problem import Problem
 from turnwise.environments.transcript import Reply, Step, Transcript
 from turnwise.rl.episode_store import EpisodeStore
@@ -64,7 +65,7 @@ class Imported:
 def import_chats(
     source: str | Path, folder: str | Path, grader: Grader, *, columns: ChatColumns | None = None
 ) -> Imported:
-    """Puts the chats of a JSONL file into an episode store; those with a gold answer are graded by the last message.
+    """Puts the chats of a JSONL file into an episode store; those with a gold answer are graded by their last reply.
 
     What comes before the first reply is the problem, unless the line names one; each message after that is a turn,
     whose seat is its `name`, or else its role. Of the assistants' turns the words are counted as tokens, since a log
@@ -96,7 +97,7 @@ async def _graded(chunk: list[Episode], grader: Grader) -> list[Episode]:
         problem = episode.transcript.problem
         if not problem.answer:
             return episode
-        last = episode.transcript.steps[-1].text
+        last = [step.text for step in episode.transcript.steps if step.state == "assistant"][-1]
         return Episode(episode.transcript, episode.sample, episode.seed, await grader.grade(problem, last))
 
     return await asyncio.gather(*map(grade, chunk))
@@ -104,7 +105,7 @@ async def _graded(chunk: list[Episode], grader: Grader) -> list[Episode]:
 
 def _check(path: Path, columns: ChatColumns) -> None:
     faults, known, chats = list[str](), dict[str, Problem](), 0
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         try:
             problem, _ = _parse(line, columns, path.stem)
             chats += 1
@@ -125,25 +126,15 @@ def _check(path: Path, columns: ChatColumns) -> None:
 
 def _episodes(path: Path, columns: ChatColumns) -> Iterator[Episode]:
     samples = Counter[str]()
-    for _, line in _lines(path):
+    for _, line in numbered_lines(path):
         problem, steps = _parse(line, columns, path.stem)
         yield Episode(Transcript(problem, steps), samples[problem.id], 0)
         samples[problem.id] += 1
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as file:
-        yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-
-
 def _parse(line: bytes, columns: ChatColumns, stem: str) -> tuple[Problem, tuple[Step, ...]]:
     """Problem and turns. Raises ValueError, in one line, for what is no chat."""
-    try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"no JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"no JSON object, but a {type(record).__name__}")
+    record = json_object(line)
     if columns.messages not in record:
         raise ValueError(f"nothing in {columns.messages!r}")
     try:
@@ -165,7 +156,7 @@ def _parse(line: bytes, columns: ChatColumns, stem: str) -> tuple[Problem, tuple
 
 def _step(message: _Said) -> Step:
     sampled = message.role == "assistant"
-    reply = Reply(message.text, len(message.text.split()) if sampled else 0, model="imported" if sampled else "")
+    reply = Reply(message.text, count_words(message.text) if sampled else 0, model="imported" if sampled else "")
     return Step(message.name or message.role, message.role, reply)
 
 

@@ -5,7 +5,6 @@ its stored reply, and an answer that was graded keeps its grade. So both plays d
 problem, and what the seat is worth is a paired difference. The other agents must be those of the run.
 """
 
-import random
 import re
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
@@ -13,9 +12,13 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from statistics import fmean
 
+import numpy as np
+from numpy.typing import NDArray
+
 from turnwise.agents.agent import Agent
 from turnwise.agents.replay import BranchingAgent, same_turn
 from turnwise.agents.scripted import ScriptedAgent, cut
+from turnwise.analysis.statistics import Estimate, bootstrap, change
 from turnwise.environments.environment import Environment, Grade, Grader
 from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
@@ -25,8 +28,10 @@ from turnwise.environments.transcript import Reply, Turn
 from turnwise.protocols.protocol import ReasoningProtocol
 from turnwise.rl.rollout import Store, Team, rollout
 
+Column = NDArray[np.float64]
+"""A figure of each problem."""
+
 ABLATED = "ablated"
-RESAMPLES = 2000
 EMPTY_SHARE = 0.5  # of a seat's turns without substance: from here on it is said to be lazy
 _TAG = re.compile(r"</?\w[\w ]*>")
 
@@ -44,7 +49,8 @@ def ablated(says: str = "") -> ScriptedAgent:
 class Marginal:
     """The mean of something as the team played it and without the seat, and by how much the seat raises it.
 
-    Means are over problems, of means over a problem's samples; `low` and `high` are the 95% interval of `gain`.
+    Means are over problems, of means over a problem's samples; `low` and `high` are the 95% interval of `gain`, paired
+    by problem.
     """
 
     team: float
@@ -80,13 +86,18 @@ class Contribution:
 
     @property
     def alarms(self) -> list[str]:
-        """What makes the seat look lazy, and what makes the figures doubtful, a sentence each."""
+        """What makes the seat look lazy or harmful, and what makes the figures doubtful, a sentence each."""
         found = [f"{seat} was not filled by the run's model: the difference is its own, too" for seat in self.strangers]
         if self.empty is None:
             found.append(f"{self.seat} never spoke")
         elif self.empty >= EMPTY_SHARE:
             found.append(f"{self.seat} says nothing but tags in {self.empty:.0%} of its turns")
-        if self.accuracy.low <= 0 <= self.accuracy.high:
+        if self.accuracy.high < 0:
+            found.append(
+                f"the team is better without {self.seat}: with {self.instead} as {self.seat} accuracy rises "
+                f"({-self.accuracy.high:+.1%} to {-self.accuracy.low:+.1%})"
+            )
+        elif self.accuracy.low <= 0:
             found.append(
                 f"with {self.instead} as {self.seat} accuracy changes by nothing that {self.problems} problems can "
                 f"show ({0 - self.accuracy.high:+.1%} to {0 - self.accuracy.low:+.1%})"
@@ -122,7 +133,7 @@ async def branch(
     stream = rollout(
         protocol, branched, Environment("branched", list(problems.values()), _Grades(protocol, graded, grader)),
         samples=1 + max(episode.sample for episode in graded), seed=seed, concurrency=concurrency,
-        store=_Wanted({episode.id for episode in graded}, store),
+        store=store, only={episode.id for episode in graded},
     )  # fmt: skip
     async for episode in stream:
         yield episode
@@ -153,8 +164,8 @@ def contribution(
         problems=len({one.transcript.problem.id for one in before}),
         episodes=len(pairs),
         failed=len(again) - len(pairs),
-        accuracy=_marginal(pairs, lambda episode: float(episode.right)),
-        tokens=_marginal(pairs, lambda episode: float(episode.transcript.token_count)),
+        accuracy=_marginal(pairs, lambda episode: float(episode.right), change),
+        tokens=_marginal(pairs, lambda episode: float(episode.transcript.token_count), _mean_difference),
         seat_tokens=sum(step.reply.token_count for step in taken) / len(pairs),
         reached=fmean(any(step.seat == seat for step in one.transcript.steps) for one in before),
         empty=fmean(bare) if bare else None,
@@ -163,22 +174,22 @@ def contribution(
     )
 
 
-def paired_interval(differences: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """The 95% bootstrap interval of a mean difference: percentiles of the means of problems drawn again."""
-    rng, number = random.Random(seed), len(differences)
-    means = sorted(fmean(rng.choices(differences, k=number)) for _ in range(resamples))
-    return means[round(0.025 * (resamples - 1))], means[round(0.975 * (resamples - 1))]
+def _mean_difference(ours: Column, theirs: Column) -> Estimate:
+    return bootstrap(lambda sums: (sums[..., 0] - sums[..., 1]) / len(ours), np.column_stack([ours, theirs]))
 
 
-def _marginal(pairs: Sequence[tuple[Episode, Episode]], figure: Callable[[Episode], float]) -> Marginal:
+def _marginal(
+    pairs: Sequence[tuple[Episode, Episode]],
+    figure: Callable[[Episode], float],
+    gain: Callable[[Column, Column], Estimate],
+) -> Marginal:
     by_problem = defaultdict[str, list[tuple[float, float]]](list)
     for one, other in pairs:
         by_problem[one.transcript.problem.id].append((figure(one), figure(other)))
     # In the order of ids: that in which episodes ended must not decide what is drawn.
-    means = [tuple(map(fmean, zip(*by_problem[id], strict=True))) for id in sorted(by_problem)]
-    low, high = paired_interval([team - without for team, without in means])
-    team, without = map(fmean, zip(*means, strict=True))
-    return Marginal(team, without, team - without, low, high)
+    means = np.array([np.mean(by_problem[id], axis=0) for id in sorted(by_problem)])
+    found = gain(means[:, 0], means[:, 1])
+    return Marginal(float(means[:, 0].mean()), float(means[:, 1].mean()), found.value, found.low, found.high)
 
 
 def _speakers(episodes: Iterable[Episode]) -> set[tuple[str, str]]:
@@ -240,24 +251,3 @@ class _Grades(Grader):
     async def grade(self, problem: Problem, text: str) -> Grade:
         """The known grade, or a new one."""
         return self._known.get((problem.id, text)) or await self._grader.grade(problem, text)
-
-
-class _Wanted(Store):
-    """Lets none but some episodes be played: to a rollout, all others are there already."""
-
-    def __init__(self, wanted: set[str], store: Store | None) -> None:
-        self._wanted = wanted
-        self._store = store
-
-    @property
-    def ids(self) -> "_Wanted":
-        """What need not be played."""
-        return self
-
-    def __contains__(self, id: object) -> bool:
-        return id not in self._wanted or (self._store is not None and id in self._store.ids)
-
-    def append(self, episode: Episode) -> None:
-        """Keeps one episode, where there is something to keep it in."""
-        if self._store is not None:
-            self._store.append(episode)

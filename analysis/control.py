@@ -12,9 +12,13 @@ from itertools import combinations, pairwise
 from math import comb
 from statistics import fmean
 
+import numpy as np
+
+from turnwise.analysis.statistics import Estimate, change
 from turnwise.environments.episode import Episode
+from turnwise.environments.equivalence import tidy
 from turnwise.environments.errors import InputError
-from turnwise.rl.summary import Interval, wilson
+from turnwise.rl.summary import Interval, over_problems
 
 SUBSETS, POINTS = 200, 60  # at the most: subsets of a problem's samples that vote, budgets of the lone agent
 
@@ -40,8 +44,20 @@ def cut_short(groups: Sequence[Sequence[Episode]], tokens: float) -> Control:
 
     An episode that the cap cuts off has no answer, and is wrong.
     """
+    return capped(groups, cap_for(groups, tokens))
+
+
+def capped(groups: Sequence[Sequence[Episode]], cap: int) -> Control:
+    """The lone agent where no episode may have more than `cap` tokens."""
     episodes = [episode for group in groups for episode in group]
-    lengths = sorted(episode.transcript.token_count for episode in episodes)
+    lengths = [episode.transcript.token_count for episode in episodes]
+    right = fmean(episode.right and length <= cap for episode, length in zip(episodes, lengths, strict=True))
+    return Control(right, fmean(min(cap, length) for length in lengths))
+
+
+def cap_for(groups: Sequence[Sequence[Episode]], tokens: float) -> int:
+    """The cap on an episode's tokens with which the lone agent spends `tokens` on average, or just below."""
+    lengths = sorted(episode.transcript.token_count for group in groups for episode in group)
     spent, cap = 0.0, 0
     for index, length in enumerate(lengths):  # up to `length`, all episodes from here on are cut
         room = (tokens * len(lengths) - spent) / (len(lengths) - index) + 1e-9  # what rounding may have taken
@@ -49,21 +65,20 @@ def cut_short(groups: Sequence[Sequence[Episode]], tokens: float) -> Control:
         if cap < length:
             break
         spent += length
-    right = fmean(episode.right and episode.transcript.token_count <= cap for episode in episodes)
-    return Control(right, fmean(min(cap, length) for length in lengths))
+    return cap
 
 
 def majority(groups: Sequence[Sequence[Episode]], votes: int) -> Control:
     """Self-consistency (arXiv 2203.11171): the answer that most of the first `votes` samples give.
 
-    At a tie, the earliest of them. Samples without an answer do not vote.
+    Right answers are one, however they are written, since the grader found each of them equal to the gold answer;
+    others are where they are written alike. At a tie, the earliest wins. Samples without an answer do not vote.
     """
     right, tokens = list[bool](), list[int]()
     for group in groups:
         asked = group[:votes]
-        answers = [episode.grade.answer for episode in asked if episode.grade and episode.grade.answer is not None]
-        elected = Counter(answers).most_common(1)[0][0] if answers else None
-        right.append(any(e.right for e in asked if e.grade and elected is not None and e.grade.answer == elected))
+        answers = Counter(e.right or tidy(e.grade.answer) for e in asked if e.grade and e.grade.answer is not None)
+        right.append(bool(answers) and answers.most_common(1)[0][0] is True)
         tokens.append(sum(episode.transcript.token_count for episode in asked))
     return Control(fmean(right), fmean(tokens))
 
@@ -118,7 +133,8 @@ class Budgets:
 
     `cut_short` has the lone agent under caps from 0 up to where nothing is cut, `voting` its self-consistency by the
     number of votes: 1, 2, 4, ... up to all samples. `same_tokens` are both for the tokens of the team; between two
-    numbers of votes a lot decides for each problem, and where the samples do not suffice, all of them vote.
+    numbers of votes a lot decides for each problem, and where the samples do not suffice, all of them vote. `gains` are
+    the team's accuracy less theirs, means over problems, with the paired 95% interval.
     """
 
     problems: int
@@ -127,6 +143,7 @@ class Budgets:
     cut_short: tuple[Control, ...]
     voting: Mapping[int, Control]
     same_tokens: Mapping[str, Control]
+    gains: Mapping[str, Estimate]
 
 
 def at_all_budgets(team: Sequence[Episode], alone: Sequence[Episode]) -> Budgets:
@@ -137,29 +154,36 @@ def at_all_budgets(team: Sequence[Episode], alone: Sequence[Episode]) -> Budgets
         raise InputError(
             f"none of the {len(groups)} problems that the lone agent answered is the team's; let it play the same ones"
         )
-    ours = list(dict.fromkeys(episode.transcript.problem.id for episode in held))
-    lone = [groups[id] for id in ours]
+    # In the order of ids: that in which episodes ended must not decide what is drawn.
+    ours = sorted(by_problem(held), key=lambda group: group[0].transcript.problem.id)
+    lone = [groups[group[0].transcript.problem.id] for group in ours]
     right = sum(episode.right for episode in held)
     tokens = fmean(episode.transcript.token_count for episode in held)
     most = voting(lone, 1).tokens
     samples = min(map(len, lone))
     numbers = sorted({*(2**power for power in range(samples.bit_length())), samples})
     votes = {number: voting(lone, number) for number in numbers}
-    short = cut_short(lone, tokens)
+    cap, (fewer, more, share) = cap_for(lone, tokens), _votes_for(votes, tokens)
+    alone_right = {
+        "cut short": [capped([group], cap).accuracy for group in lone],
+        "voting": [mixed(voting([g], more), voting([g], fewer), share).accuracy for g in lone],
+    }
+    right_of = np.array([fmean(episode.right for episode in group) for group in ours])
     return Budgets(
         problems=len(ours),
         team=Control(right / len(held), tokens),
-        interval=wilson(right, len(held)),
+        interval=over_problems(held),
         cut_short=tuple(cut_short(lone, most * point / POINTS) for point in range(POINTS + 1)),
         voting=votes,
-        same_tokens={"cut short": short, "voting": _voting_for(votes, tokens)},
+        same_tokens={"cut short": capped(lone, cap), "voting": mixed(votes[more], votes[fewer], share)},
+        gains={name: change(right_of, np.array(column)) for name, column in alone_right.items()},
     )
 
 
-def _voting_for(votes: Mapping[int, Control], tokens: float) -> Control:
-    """Self-consistency for so many tokens: by lot between the two numbers of votes around them."""
-    controls = list(votes.values())
-    for fewer, more in pairwise(controls):
-        if fewer.tokens <= tokens < more.tokens:
-            return mixed(more, fewer, (tokens - fewer.tokens) / (more.tokens - fewer.tokens))
-    return controls[0] if tokens < controls[0].tokens else controls[-1]
+def _votes_for(votes: Mapping[int, Control], tokens: float) -> tuple[int, int, float]:
+    """The two numbers of votes around so many tokens, and the share of problems on which the greater one votes."""
+    for fewer, more in pairwise(votes):
+        if votes[fewer].tokens <= tokens < votes[more].tokens:
+            return fewer, more, (tokens - votes[fewer].tokens) / (votes[more].tokens - votes[fewer].tokens)
+    only = min(votes) if tokens < votes[min(votes)].tokens else max(votes)
+    return only, only, 1.0

@@ -34,7 +34,7 @@ class Edges:
             self.tokens[state] += sum(step.reply.token_count for step in visit)
             self.seats.setdefault(state, {}).update(dict.fromkeys(step.seat for step in visit))
             before, tag = state, visit[-1].reply.stop or ""
-        self.taken[before, FAILED if episode.grade is None else END, tag] += 1
+        self.taken[before, END if episode.error is None else FAILED, tag] += 1
 
 
 def _visits(steps: tuple[Step, ...]) -> Iterator[list[Step]]:

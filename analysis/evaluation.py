@@ -8,14 +8,14 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
-from turnwise.analysis.statistics import Estimate, bootstrap, pass_at
+from turnwise.analysis.statistics import Estimate, bootstrap, change, pass_at
 from turnwise.environments.environment import Outcome
 from turnwise.environments.episode import Episode
 from turnwise.environments.transcript import Step
 from turnwise.protocols.graph import GraphProtocol
 from turnwise.protocols.protocol import ReasoningProtocol
 from turnwise.protocols.rewards import Format
-from turnwise.rl.summary import summarise, wilson
+from turnwise.rl.summary import accuracy_efficiency_score, summarise, wilson
 
 Table = NDArray[np.float64]
 
@@ -28,8 +28,9 @@ class Evaluation:
     mean over problems of the share of their samples that are right; `by_seed` the same for each seed. `pass_at` has
     pass@k for powers of two up to `samples`, and for `samples`. `tokens` are sampled tokens an episode, `seat_tokens`
     those of each seat, `tokens_per_right` those of all episodes over the number of right ones (None: nothing was
-    right). `turns`, `think_share` and `outcomes` are as in a `Summary`. Of all turns, `cut_off` is the share that the
-    token budget ended, and `ill_formed` the share that `breaks_form` finds fault with (None: the form is not known).
+    right). `turns`, `think_share` and `outcomes` are as in a `Summary`. Of all turns but those that choose a mode,
+    `cut_off` is the share that the token budget ended, and `seat_cut_off` that of each seat. Of all turns, `ill_formed`
+    is the share that `breaks_form` finds fault with (None: the form is not known).
     """
 
     episodes: int
@@ -47,6 +48,7 @@ class Evaluation:
     think_share: float | None
     outcomes: Mapping[Outcome, int]
     cut_off: float
+    seat_cut_off: Mapping[str, float]
     ill_formed: float | None
 
 
@@ -82,12 +84,14 @@ def evaluate(episodes: Iterable[Episode], protocol: ReasoningProtocol | None = N
     ks = sorted({samples, *(2**power for power in range(1, 12) if 2**power <= samples)} - {1})
     chances = {k: [pass_at(k, len(group), sum(one.right for one in group)) for group in groups] for k in ks}
     steps = [step for group in groups for episode in group for step in episode.transcript.steps]
-    turns = len(steps) or 1
     control = protocol.control_states if protocol else frozenset[str]()
-    cut_off = [step for step in steps if _cut_off(step, control)]
+    cut_off = defaultdict[str, list[bool]](list)
+    for step in steps:
+        if step.state not in control:
+            cut_off[step.seat].append(_cut_off(step, control))
     ill_formed = None
     if isinstance(protocol, GraphProtocol):
-        ill_formed = sum(breaks_form(protocol, step) for step in steps) / turns
+        ill_formed = sum(breaks_form(protocol, step) for step in steps) / (len(steps) or 1)
     return Evaluation(
         episodes=summary.episodes,
         failed=summary.failed,
@@ -103,7 +107,8 @@ def evaluate(episodes: Iterable[Episode], protocol: ReasoningProtocol | None = N
         turns=summary.turns,
         think_share=summary.think_share,
         outcomes=summary.outcomes,
-        cut_off=len(cut_off) / turns,
+        cut_off=sum(map(sum, cut_off.values())) / (sum(map(len, cut_off.values())) or 1),
+        seat_cut_off={seat: fmean(turns) for seat, turns in cut_off.items()},
         ill_formed=ill_formed,
     )
 
@@ -121,14 +126,13 @@ def difference(episodes: Sequence[Episode], base: Sequence[Episode], *, baseline
     table = np.hstack([_table({id_: groups[id_] for id_ in common}) for groups in (ours, theirs)])
 
     def aes(sums: Table) -> Table:
-        shorter = (sums[..., 4] - sums[..., 1]) / sums[..., 4]
-        gained = (sums[..., 0] - sums[..., 3]) / sums[..., 3]
-        return shorter + np.where(gained >= 0, 3, 5) * gained
+        accuracy, tokens, _, base_accuracy, base_tokens, _ = np.moveaxis(sums, -1, 0)
+        return accuracy_efficiency_score(accuracy, tokens, base_accuracy=base_accuracy, base_tokens=base_tokens)
 
     return Difference(
         baseline=baseline,
         problems=len(common),
-        accuracy=_change(table[:, 0], table[:, 3]),
+        accuracy=change(table[:, 0], table[:, 3]),
         tokens=bootstrap(lambda sums: (sums[..., 1] - sums[..., 4]) / sums[..., 2], table),
         aes=bootstrap(aes, table) if table[:, 3].any() and table[:, 4].all() else None,
     )
@@ -150,18 +154,6 @@ def breaks_form(protocol: GraphProtocol, step: Step) -> bool:
         return True
     forms = (weighted.term for weighted in protocol.reward.weighted)
     return any(isinstance(form, Format) and step.seat in form.tags and not form.well_formed(step) for form in forms)
-
-
-def _change(ours: Table, theirs: Table) -> Estimate:
-    """The mean difference of two shares in [0, 1] over problems.
-
-    Where there is none on any problem, drawing them again tells nothing: then the interval is as wide as the share of
-    problems, by Wilson, on which there may yet be one.
-    """
-    if (ours == theirs).all():
-        apart = wilson(0, len(ours))[1]
-        return Estimate(0.0, -apart, apart)
-    return bootstrap(lambda sums: sums[..., 0] / sums[..., 1], np.column_stack([ours - theirs, np.ones(len(ours))]))
 
 
 def _cut_off(step: Step, control_states: Collection[str]) -> bool:

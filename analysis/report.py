@@ -23,7 +23,7 @@ from turnwise.analysis.aha import PHRASES, phrases_in
 from turnwise.analysis.edges import Edges
 from turnwise.analysis.stored_runs import StoredEpisode, StoredRun, find_runs
 from turnwise.analysis.token_texts import TokenTexts
-from turnwise.environments.environment import Outcome
+from turnwise.environments.environment import Grade, Outcome
 from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
 from turnwise.environments.problem import Problem
@@ -33,7 +33,7 @@ from turnwise.rl.run_folder import write_whole
 from turnwise.rl.summary import summarise
 
 SCRIPTS = ("data.js", "draw.js", "overview.js", "metrics.js", "graph.js", "conversation.js", "episodes.js", "page.js")
-FAILED = "failed"
+FAILED, UNGRADED = "failed", "ungraded"
 RETHINK = "</rethink>"
 # So many bytes of JSON a block: a conversation that is looked at costs the browser this much, and not all of them.
 BLOCK = 1 << 18
@@ -155,7 +155,7 @@ class _Page:
             "whole": _row(seen),
             "levels": {str(at): _row([s for s in seen if s.episode.transcript.problem.level == at]) for at in levels},
             "steps": {str(step): _row([one for one in seen if one.step == step]) for step in steps},
-            "phrases": Counter(phrase for one in seen for phrase in one.phrases),
+            "phrases": Counter(phrase for one in seen if one.episode.error is None for phrase in one.phrases),
             "edges": [[*edge, count] for edge, count in edges.taken.items()],
             "states": {
                 state: {"visits": count, "tokens": edges.tokens[state], "seats": list(edges.seats[state])}
@@ -230,11 +230,14 @@ class _Blocks:
             self._records, self._size = [], 0
 
 
-_OUTCOMES = [*map(str, Outcome), FAILED]
+_NO_GRADE = Grade(Outcome.UNPARSABLE)
+_OUTCOMES = [*map(str, Outcome), FAILED, UNGRADED]
 
 
 def _outcome(episode: Episode) -> str:
-    return FAILED if episode.grade is None else str(episode.grade.outcome)
+    if episode.grade is None:
+        return UNGRADED if episode.error is None else FAILED
+    return str(episode.grade.outcome)
 
 
 def _without_words(episode: Episode) -> Episode:
@@ -270,15 +273,22 @@ def _said(stored: StoredEpisode) -> Json:
 
 
 def _row(seen: Sequence[_Seen]) -> Json:
-    """What some episodes come to, as a row of a table; None where none of them finished."""
-    finished = [one for one in seen if one.episode.grade is not None]
+    """What some episodes come to, as a row of a table; None where none of them finished.
+
+    "right" and "interval" are of those that were graded, and None where none was.
+    """
+    finished = [one for one in seen if one.episode.error is None]
     if not finished:
         return None
-    summary = summarise(one.episode for one in seen)
+    # Of an imported chat without a gold answer all but its grade is known.
+    summary = summarise(replace(one.episode, grade=one.episode.grade or _NO_GRADE) for one in finished)
+    graded = [one.episode for one in finished if one.episode.grade is not None]
+    right = summarise(graded) if graded else None
     return {
-        "episodes": summary.episodes, "failed": summary.failed, "right": summary.accuracy,
-        "interval": summary.interval, "tokens": summary.tokens, "seats": summary.seat_tokens, "turns": summary.turns,
-        "thinks": summary.think_share, "outcomes": summary.outcomes,
+        "episodes": len(finished), "failed": len(seen) - len(finished), "right": right and right.accuracy,
+        "interval": right and right.interval, "tokens": summary.tokens, "seats": summary.seat_tokens,
+        "turns": summary.turns, "thinks": summary.think_share,
+        "outcomes": Counter(_outcome(one.episode) for one in finished),
         "rethinks": sum(one.rethinks > 0 for one in finished), "aha": sum(bool(one.phrases) for one in finished),
     }  # fmt: skip
 

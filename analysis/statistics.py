@@ -9,6 +9,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from turnwise.rl.summary import wilson
+
 Sums = NDArray[np.float64]
 """Of each column, its sum over problems; in front of the columns, any further axes."""
 
@@ -61,6 +63,19 @@ def bootstrap(
     tail = _tail(len(table))
     low, high = np.quantile(finite, [tail, 1 - tail])
     return Estimate(value, float(low), float(high))
+
+
+def change(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Estimate:
+    """The mean difference of two shares in [0, 1] over problems, with its paired 95% interval.
+
+    Where it is the same on each problem, drawing them again tells nothing: then the interval is what it may come to
+    with any other difference on as many problems as, by Wilson, may have one.
+    """
+    apart = ours - theirs
+    if (apart == apart[0]).all():
+        same, others = float(apart[0]), wilson(0, len(apart))[1]
+        return Estimate(same, same - others * (1 + same), same + others * (1 - same))
+    return bootstrap(lambda sums: sums[..., 0] / sums[..., 1], np.column_stack([apart, np.ones(len(apart))]))
 
 
 def _drawn(table: NDArray[np.float64], seed: int, resamples: int) -> Sums:

@@ -10,7 +10,7 @@ import orjson
 from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
 from turnwise.rl.credit_log import EpisodeCredit, read_credit
-from turnwise.rl.episode_store import decode
+from turnwise.rl.episode_store import latest_lines, read_latest
 from turnwise.rl.journal import read_lines
 from turnwise.rl.run_folder import read_run
 
@@ -52,7 +52,7 @@ class StoredRun:
 
     def count(self) -> int:
         """The number of episodes."""
-        return sum(len(_last_lines(path)) for _, path in self.stores)
+        return sum(len(latest_lines(path, _mended)) for _, path in self.stores)
 
     def episodes(self) -> Iterator[StoredEpisode]:
         """Every episode; of one that failed and was played again, the last. Raises InputError for a damaged line.
@@ -62,10 +62,8 @@ class StoredRun:
         for step, path in self.stores:
             credit_path = path.with_name("credit.jsonl")
             credit = read_credit(credit_path) if credit_path.exists() else {}
-            last = _last_lines(path)
-            for number, episode in enumerate(read_lines(path, _decode)):
-                if last[episode.id] == number:
-                    yield StoredEpisode(episode, step, credit.get(episode.id))
+            for episode in read_latest(path, _mended):
+                yield StoredEpisode(episode, step, credit.get(episode.id))
 
 
 def find_runs(paths: list[Path]) -> list[StoredRun]:
@@ -98,26 +96,6 @@ def _run_in(folder: Path) -> StoredRun | None:
         return StoredRun(name, folder, ((None, folder / "episodes.jsonl"),))
     stores = tuple((int(path.parent.name), path) for path in sorted(folder.glob("episodes/[0-9]*/episodes.jsonl")))
     return StoredRun(name, folder, stores) if stores or (folder / "metrics.jsonl").exists() else None
-
-
-def _last_lines(path: Path) -> dict[str, int]:
-    """The number of the last line, from 0, of each episode."""
-    return {id: number for number, id in enumerate(read_lines(path, _identify))}
-
-
-def _identify(line: bytes) -> str:
-    try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        record = orjson.loads(_mended(line))
-    return str(record["id"])
-
-
-def _decode(line: bytes) -> Episode:
-    try:
-        return decode(line)
-    except orjson.JSONDecodeError:
-        return decode(_mended(line))
 
 
 def _mended(line: bytes) -> bytes:

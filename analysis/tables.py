@@ -24,9 +24,9 @@ def comparison(runs: Mapping[str, Sequence[Episode]], *, baseline: str, title: s
     summaries = {name: summarise(episodes) for name, episodes in runs.items()}
     seats = sorted({seat for summary in summaries.values() for seat in summary.seat_tokens})
     routed = any(summary.think_share is not None for summary in summaries.values())
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("")
-    headings = ["right", "95% interval", "tokens", *(seats if len(seats) > 1 else []), "turns"]
+    headings = ["right", "95% interval", "tokens", *(map(escape, seats) if len(seats) > 1 else []), "turns"]
     for heading in [*headings, *(["thinks"] if routed else []), "AES"]:
         table.add_column(heading, justify="right")
     for name, summary in summaries.items():
@@ -37,17 +37,17 @@ def comparison(runs: Mapping[str, Sequence[Episode]], *, baseline: str, title: s
         cells.append(f"{summary.turns:.1f}")
         if routed:
             cells.append("" if summary.think_share is None else f"{summary.think_share:.0%}")
-        table.add_row(name, *cells, _aes(summary, summaries[baseline]))
+        table.add_row(escape(name), *cells, _aes(summary, summaries[baseline]))
     return table
 
 
 def levels(runs: Mapping[str, Sequence[Episode]], *, title: str = "") -> Table:
     """One row a level: accuracy and tokens of each run."""
     tables = {name: by_level(episodes) for name, episodes in runs.items()}
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("level", justify="right")
     for name in tables:
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     for level in sorted({level for summaries in tables.values() for level in summaries}):
         cells = (summaries.get(level) for summaries in tables.values())
         table.add_row(str(level), *(f"{s.accuracy:.0%} in {s.tokens:.0f}" if s else "" for s in cells))
@@ -59,10 +59,10 @@ def evaluations_logged(logged: Mapping[str, Mapping[str, float]], *, title: str 
     from turnwise.rl.metrics import SHARE  # torch: only where something was trained
 
     modes = sorted({name for figures in logged.values() for name in figures if name.startswith(f"evaluation/{SHARE}")})
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     headings = ["step", "right", "tokens", "turns", *(name.removeprefix(f"evaluation/{SHARE}") for name in modes)]
     for heading in ["", *headings, "AES"]:
-        table.add_column(heading, justify="right" if heading else "left")
+        table.add_column(escape(heading), justify="right" if heading else "left")
     for name, figures in logged.items():
         right, tokens, turns, aes = (figures[f"evaluation/{figure}"] for figure in ("right", "tokens", "turns", "aes"))
         shares = (f"{figures.get(mode, 0.0):.0%}" for mode in modes)
@@ -83,19 +83,21 @@ def rounds_played(
         summary = pool[row][column]
         low, high = summary.interval
         table.add_row(
-            f"{names[0]}-r{row}⊗{names[1]}-r{column}", f"{summary.accuracy:.1%}", f"{low:.1%} to {high:.1%}",
+            escape(f"{names[0]}-r{row}⊗{names[1]}-r{column}"), f"{summary.accuracy:.1%}", f"{low:.1%} to {high:.1%}",
             f"{summary.tokens:.1f}", f"{summary.turns:.1f}", _aes(summary, base),
         )  # fmt: skip
     return table
 
 
-def equal_tokens(controls: Mapping[str, Control]) -> Table:
-    """One row a control: what a lone agent gets right, and for how many tokens."""
+def equal_tokens(controls: Mapping[str, Control], gains: Mapping[str, Estimate] | None = None) -> Table:
+    """One row a control: what a lone agent gets right, and for how many tokens; and, if known, the team's gain."""
     table = Table(title="For the same tokens, alone", title_justify="left")
-    for heading in ("", "right", "tokens"):
+    for heading in ("", "right", "tokens", *(("team's gain", "95% interval") if gains else ())):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, control in controls.items():
-        table.add_row(name, f"{control.accuracy:.1%}", f"{control.tokens:.1f}")
+        gain = gains.get(name) if gains else None
+        told = (f"{gain.value:+.1%}", _between(gain, "+.1%")) if gain else ()
+        table.add_row(escape(name), f"{control.accuracy:.1%}", f"{control.tokens:.1f}", *told)
     return table
 
 
@@ -104,7 +106,7 @@ def contributions(found: Sequence[Contribution], *, title: str = "") -> Table:
 
     Intervals of 95% are of the differences. "empty" is the share of the seat's turns without a word but tags.
     """
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     headings = ("right", "without", "worth", "95% interval", "tokens", "costs", "95% interval", "empty")
     for heading in ("", *headings):
         table.add_column(heading, justify="right" if heading else "left")
@@ -120,7 +122,7 @@ def contributions(found: Sequence[Contribution], *, title: str = "") -> Table:
 
 def left_out(dropped: Sequence[Dropped], *, kept: int, title: str = "Chains left out") -> Table:
     """One row for each stage and each reason: how many chains it cost, and the id of the first."""
-    table = Table(title=title, title_justify="left", caption=f"{kept} kept", caption_justify="left")
+    table = Table(title=escape(title), title_justify="left", caption=f"{kept} kept", caption_justify="left")
     for heading in ("stage", "reason", "chains", "such as"):
         table.add_column(heading, justify="right" if heading == "chains" else "left")
     found: dict[tuple[str, str], list[str]] = {}
@@ -136,7 +138,7 @@ def evaluations(runs: Mapping[str, Evaluation], *, title: str = "", caption: str
     seats = sorted({seat for run in runs.values() for seat in run.seat_tokens})
     routed = any(run.think_share is not None for run in runs.values())
     ks = sorted({max(run.pass_at) for run in runs.values() if run.pass_at})
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table = Table(title=escape(title), title_justify="left", caption=escape(caption), caption_justify="left")
     table.add_column("")
     headings = [
         "samples",
@@ -147,7 +149,7 @@ def evaluations(runs: Mapping[str, Evaluation], *, title: str = "", caption: str
         "95% interval",
         "per right answer",
     ]
-    headings += [*(seats if len(seats) > 1 else []), "turns", *(["thinks"] if routed else [])]
+    headings += [*(map(escape, seats) if len(seats) > 1 else []), "turns", *(["thinks"] if routed else [])]
     for heading in headings:
         table.add_column(heading, justify="right")
     for name, run in runs.items():
@@ -166,15 +168,27 @@ def evaluations(runs: Mapping[str, Evaluation], *, title: str = "", caption: str
 
 
 def endings(runs: Mapping[str, Evaluation]) -> Table:
-    """One row a run: how many episodes ended in each outcome, and what share of the turns was cut off or ill-formed."""
+    """One row a run: how many episodes ended in each outcome, and what share of the turns was cut off or ill-formed.
+
+    Of several seats also what share of the turns of each was cut off.
+    """
+    seats = sorted({seat for run in runs.values() for seat in run.seat_cut_off})
+    each = seats if len(seats) > 1 else []
     table = Table(title="How it ended: episodes, and turns", title_justify="left")
     table.add_column("")
-    for heading in [*map(str, Outcome), "failed", "cut off", "ill-formed"]:
+    for heading in [
+        *map(str, Outcome),
+        "failed",
+        "cut off",
+        *(f"cut off, {escape(seat)}" for seat in each),
+        "ill-formed",
+    ]:
         table.add_column(heading, justify="right")
     for name, run in runs.items():
         counts = [str(run.outcomes.get(outcome, 0)) for outcome in Outcome]
         ill_formed = "" if run.ill_formed is None else f"{run.ill_formed:.1%}"
-        table.add_row(escape(name), *counts, str(run.failed), f"{run.cut_off:.1%}", ill_formed)
+        cut_off = (f"{run.seat_cut_off[seat]:.1%}" if seat in run.seat_cut_off else "" for seat in each)
+        table.add_row(escape(name), *counts, str(run.failed), f"{run.cut_off:.1%}", *cut_off, ill_formed)
     return table
 
 

@@ -1,7 +1,8 @@
 """An append-only store of episodes that survives a kill and a full disk."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import orjson
 
@@ -11,6 +12,9 @@ from turnwise.environments.problem import Problem
 from turnwise.environments.transcript import Reply, Step, Transcript
 from turnwise.rl.journal import Journal, read_lines
 from turnwise.rl.run_folder import Run
+
+T = TypeVar("T")
+Mend = Callable[[bytes], bytes]
 
 
 class EpisodeStore(Journal):
@@ -36,13 +40,38 @@ class EpisodeStore(Journal):
 
     def __iter__(self) -> Iterator[Episode]:
         """Every episode, in the order in which they ended; of one that was played again, the last."""
-        latest = {id: line for line, (id, _) in enumerate(read_lines(self.path, _identify))}
-        return (e for line, e in enumerate(read_episodes(self.path)) if latest[e.id] == line)
+        return read_latest(self.path)
 
 
 def read_episodes(path: str | Path) -> Iterator[Episode]:
     """The episodes of an `episodes.jsonl`, one at a time. Raises InputError, with the line, for a damaged one."""
     return read_lines(path, decode)
+
+
+def read_latest(path: str | Path, mend: Mend | None = None) -> Iterator[Episode]:
+    """As `read_episodes`; but of one that failed and was played again, the last alone.
+
+    `mend` makes JSON of a line that is none.
+    """
+    last = latest_lines(path, mend)
+    return (e for number, e in enumerate(read_lines(path, _mending(decode, mend))) if last[e.id] == number)
+
+
+def latest_lines(path: str | Path, mend: Mend | None = None) -> dict[str, int]:
+    """The number of the last line, from 0, of each episode by its id."""
+    return {id: number for number, (id, _) in enumerate(read_lines(path, _mending(_identify, mend)))}
+
+
+def _mending(parse: Callable[[bytes], T], mend: Mend | None) -> Callable[[bytes], T]:
+    def mended(line: bytes) -> T:
+        try:
+            return parse(line)
+        except orjson.JSONDecodeError:
+            if mend is None:
+                raise
+            return parse(mend(line))
+
+    return mended
 
 
 def encode(episode: Episode) -> bytes:

@@ -11,7 +11,7 @@ from datasets.exceptions import DatasetGenerationError  # type: ignore[import-un
 
 from turnwise.environments.benchmarks import quiet_datasets
 from turnwise.environments.errors import InputError
-from turnwise.rl.episode_store import read_episodes
+from turnwise.rl.episode_store import read_latest
 from turnwise.rl.run_folder import write_whole
 
 _OF_PROBLEM = {
@@ -81,7 +81,7 @@ def write_rows(path: str | Path, rows: Iterable[Row], features: Features) -> int
 
 
 def _rows(episodes: Path) -> Iterator[Row]:
-    for episode in read_episodes(episodes):
+    for episode in read_latest(episodes):
         problem, grade = episode.transcript.problem, episode.grade
         yield {
             "id": episode.id,

@@ -81,17 +81,19 @@ async def rollout(
     concurrency: int = 64,
     store: Store | None = None,
     max_failed_share: float = 0.1,
+    only: Container[str] | None = None,
 ) -> AsyncGenerator[Episode, None]:
     """Plays each problem `samples` times and yields the episodes as they end, `concurrency` of them at a time.
 
     With a `store`, each episode is written before it is yielded, and those that it already holds are not played again
-    (those that failed are). Raises InputError for a seat without an agent, and once more than `max_failed_share` of
-    the episodes (of at least 20, or of all) have failed.
+    (those that failed are). `only` has the ids of those that are to be played, where not all are. Raises InputError for
+    a seat without an agent, and once more than `max_failed_share` of the episodes (of at least 20, or of all) have
+    failed.
     """
     check_team(protocol, team)
     if samples < 1 or concurrency < 1:
         raise InputError(f"samples and concurrency must be at least 1; got {samples} and {concurrency}")
-    waiting = _unplayed(environment, samples, store)
+    waiting = _unplayed(environment, samples, store, only)
     ended: asyncio.Queue[Episode | None] = asyncio.Queue(maxsize=concurrency)
 
     async def work() -> None:
@@ -161,11 +163,14 @@ def check_team(protocol: ReasoningProtocol, team: Team) -> None:
         raise InputError(f"no agent for seat(s) {missing}; the team has {sorted(team)}")
 
 
-def _unplayed(environment: Environment, samples: int, store: Store | None) -> Iterator[tuple[Problem, int]]:
+def _unplayed(
+    environment: Environment, samples: int, store: Store | None, only: Container[str] | None
+) -> Iterator[tuple[Problem, int]]:
     played: Container[str] = store.ids if store is not None else frozenset()
     for problem in environment.problems:
         for sample in range(samples):
-            if f"{problem.id}#{sample}" not in played:
+            id = f"{problem.id}#{sample}"
+            if id not in played and (only is None or id in only):
                 yield problem, sample
 
 

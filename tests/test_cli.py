@@ -184,6 +184,20 @@ def test_eval_beside_a_baseline(team: Path, alone: Path, tmp_path: Path) -> None
     assert "replay the same protocol" in refused("eval", "hard", "--replay", tmp_path / "both", "--protocol", "solo")
 
 
+def test_a_replay_is_of_what_is_stored_and_no_other(team: Path, tmp_path: Path) -> None:
+    for name in ("think", "alone"):
+        flags = ("eval", "hard", "--seat", f"{team}:{name}", "--number", "20", "--samples", "2")
+        invoke(*flags, "--output", tmp_path / name)
+    path = tmp_path / "alone" / "seed-0" / "episodes.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith('{"id":"' + json.loads(lines[0])["id"])))
+    replayed = ("eval", "hard", "--number", "20", "--output", tmp_path / "again", "--replay")
+    found = figures(invoke(*replayed, tmp_path / "alone" / "seed-0", "--json").stdout)["seed-0"]
+    # Of one sample that failed, the other is there.
+    assert (found["episodes"], found["samples"], found["problems"]) == (39, 1, 20)
+    assert "holds another run" in refused(*replayed, tmp_path / "think" / "seed-0")
+
+
 def test_an_eval_that_was_another_run(team: Path, alone: Path) -> None:
     flags = ("eval", "hard", "--number", "20", "--output", alone)
     assert "holds another run" in refused(*flags, "--seat", f"{team}:answer")
@@ -211,6 +225,14 @@ def test_solutions(tmp_path: Path) -> None:
     # "so #### 1" is three words, and "so #### two things" four
     assert runs["one"]["tokens"] == {"value": 3.5, "low": 3.5, "high": 3.5}
     assert "good has no stored solution" in refused(*flags, "--samples", "3")
+    (tmp_path / "one.jsonl").write_text("\n".join(json.dumps(row) for row in rows if row["model"] == "one"))
+    words = ("eval", tmp_path / "mine.jsonl", "--solutions", tmp_path / "one.jsonl", "--answer-marker", "####")
+    invoke(*words, "--output", tmp_path / "words")
+    assert "Against" in invoke(*words, "--baseline", tmp_path / "words").stdout
+    message = "are words of the stored texts, and this run's are of tiny-long in the stored texts"
+    assert message in refused(*words, "--baseline", tmp_path / "words", "--tokenizer", "tiny-long")
+    again = ("eval", tmp_path / "mine.jsonl", "--replay", tmp_path / "words", "--answer-marker", "####")
+    assert "tokens: words of the stored texts" in invoke(*again, "--baseline", tmp_path / "words").stdout
 
 
 def test_tokens_of_solutions(tmp_path: Path) -> None:

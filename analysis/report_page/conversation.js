@@ -15,6 +15,7 @@ async function conversation(data, episode, look, actions) {
   const outcome = data.outcome(episode),
     problem = data.problem(episode),
     mode = data.mode(episode);
+  const ungraded = outcome === "ungraded";
   const given = one.answer === null ? "no answer" : ["answered ", el("code", {}, textNodes(one.answer, look.mark))];
   return el(
     "article",
@@ -27,8 +28,8 @@ async function conversation(data, episode, look, actions) {
         "p",
         { class: "facts" },
         el("span", { class: `badge ${outcomeClass(outcome)}` }, outcome),
-        el("span", {}, given),
-        el("span", {}, "right is ", el("code", {}, textNodes(one.gold))),
+        ungraded ? null : el("span", {}, given),
+        ungraded ? null : el("span", {}, "right is ", el("code", {}, textNodes(one.gold))),
         el(
           "span",
           {},
@@ -36,6 +37,7 @@ async function conversation(data, episode, look, actions) {
         ),
         mode ? el("span", {}, "chose ", el("code", {}, textNodes(mode))) : null,
         problem.level ? el("span", {}, `level ${problem.level}`) : null,
+        problem.subject ? el("span", {}, textNodes(problem.subject)) : null,
         el("span", { class: "muted" }, textNodes(data.place(episode))),
       ),
       one.error ? el("p", { class: "fault" }, textNodes(one.error, look.mark)) : null,
@@ -69,7 +71,7 @@ function samples(data, episode, actions) {
         onclick: (event) => (event.shiftKey ? actions.compare(other) : actions.open(other, episode)),
       },
       el("b", {}, `#${data.episodes.sample[other]}`),
-      ` ${whole(data.episodes.tokens[other])}`,
+      ` ${whole(data.episodes.tokens[other])} ${data.outcome(other)}`,
     );
   const group = others.filter((other) => data.together(other, episode)),
     rest = others.filter((other) => !data.together(other, episode));

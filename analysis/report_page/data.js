@@ -69,9 +69,6 @@ class Data {
   mode(episode) {
     return this.modes[this.episodes.mode[episode]] ?? null;
   }
-  id(episode) {
-    return `${this.problem(episode).id}#${this.episodes.sample[episode]}`;
-  }
 
   /** What the run calls it, with its training step. */
   place(episode) {

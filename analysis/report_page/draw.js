@@ -112,9 +112,10 @@ const dot = (number) => el("span", { class: "dot", style: { "--own": colour(numb
 const PLOT = { width: 320, height: 170, left: 44, right: 12, top: 10, bottom: 24 };
 
 /**
- * Axes with a grid, as [the SVG, x of a value, y of a value]. Values on the axes are written by `xs.text`, `ys.text`.
+ * Axes with a grid, as [the SVG, x of a value, y of a value]. Values on the axes are written by `xs.text`, `ys.text`;
+ * `title` is what a screen reader calls the plot.
  */
-function axes(xs, ys, size = PLOT) {
+function axes(title, xs, ys, size = PLOT) {
   const { width, height, left, right, top, bottom } = size;
   const scale =
     ({ low, high }, from, to) =>
@@ -122,7 +123,7 @@ function axes(xs, ys, size = PLOT) {
       from + ((value - low) / (high - low || 1)) * (to - from);
   const x = scale(xs, left, width - right),
     y = scale(ys, height - bottom, top);
-  const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "plot", role: "img" });
+  const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "plot", role: "img", "aria-label": title });
   for (const value of ticks(ys.low, ys.high)) {
     picture.append(svg("line", { x1: left, x2: width - right, y1: y(value), y2: y(value), class: "grid" }));
     picture.append(svg("text", { x: left - 6, y: y(value) + 3.5, class: "tick end" }, (ys.text ?? figure)(value)));

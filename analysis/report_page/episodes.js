@@ -15,12 +15,12 @@ class Episodes {
     this.filter();
   }
 
-  /** Of each run, the tokens that nine tenths of its dialogues do not exceed. */
+  /** Of each run, the tokens of the shortest among the longest tenth of its dialogues. */
   thresholds() {
     const { run, tokens } = this.data.episodes,
       lengths = this.data.runs.map(() => []);
     run.forEach((number, episode) => lengths[number].push(tokens[episode]));
-    return lengths.map((found) => found.sort((a, b) => a - b)[Math.floor(0.9 * (found.length - 1))] ?? 0);
+    return lengths.map((found) => found.sort((a, b) => b - a)[Math.ceil(found.length / 10) - 1] ?? 0);
   }
 
   // What it is made of
@@ -49,7 +49,7 @@ class Episodes {
       },
       this.rows,
     );
-    this.pane = el("div", { class: "pane", id: "pane", tabindex: "-1" });
+    this.pane = el("div", { class: "pane", id: "pane", role: "region", tabindex: "0", "aria-label": "What is open" });
     this.line = el("div", { class: "token-line", id: "token-line", role: "status" });
     this.controls = el("div", { class: "bar-of-controls look" });
     this.side = el("aside", { class: "side" }, this.search, this.filters(), this.told, this.list);
@@ -185,7 +185,7 @@ class Episodes {
       );
     const comparable = this.open !== null && this.data.siblings(this.open).length > 1;
     this.controls.replaceChildren(
-      el("button", { class: "quiet back", onclick: () => this.close() }, "‹ list"),
+      el("button", { class: "quiet back", id: "back", onclick: () => this.close() }, "‹ list"),
       toggle("tokens", "tokens", "t", look.tokens, (on) => (look.tokens = on)),
       ...(look.tokens
         ? [
@@ -266,7 +266,7 @@ class Episodes {
         (!chosen.outcomes.size || chosen.outcomes.has(episodes.outcome[at])) &&
         (!chosen.rethink || episodes.rethinks[at]) &&
         (!chosen.aha || episodes.aha[at]) &&
-        (!chosen.long || episodes.tokens[at] > this.longest[episodes.run[at]]) &&
+        (!chosen.long || episodes.tokens[at] >= this.longest[episodes.run[at]]) &&
         same("run", episodes.run[at]) &&
         same("step", episodes.step[at]) &&
         same("mode", episodes.mode[at]) &&
@@ -290,13 +290,15 @@ class Episodes {
   tell() {
     const { data, matching } = this,
       { outcome, tokens } = data.episodes;
-    const graded = matching.filter((episode) => data.outcome(episode) !== "failed");
+    const finished = matching.filter((episode) => data.outcome(episode) !== "failed"),
+      graded = finished.filter((episode) => data.outcome(episode) !== "ungraded");
     const right = graded.filter((episode) => outcome[episode] === 0).length,
-      sum = graded.reduce((all, episode) => all + tokens[episode], 0);
+      sum = finished.reduce((all, episode) => all + tokens[episode], 0);
     const reading = this.reading ? `, reading ${percent(data.searchable.length / data.count, 0)}` : "";
     this.told.textContent =
       `${whole(matching.length)} of ${whole(data.count)}` +
-      (graded.length ? ` · ${percent(right / graded.length)} right · ${figure(sum / graded.length)} tokens` : "") +
+      (graded.length ? ` · ${percent(right / graded.length)} right` : "") +
+      (finished.length ? ` · ${figure(sum / finished.length)} tokens` : "") +
       reading;
   }
 
@@ -325,6 +327,7 @@ class Episodes {
             "span",
             { class: "small muted" },
             el("b", {}, `#${data.episodes.sample[episode]}`),
+            el("span", { class: "outcome" }, data.outcome(episode)),
             el("span", { class: "where" }, textNodes(data.place(episode))),
             el("span", { class: "grow" }),
             aha[episode] ? el("i", { title: "says that it overthinks or should rethink" }, "aha") : null,
@@ -426,6 +429,7 @@ class Episodes {
     const shown = [this.open, this.other].filter((episode) => episode !== null);
     const parts = await Promise.all(shown.map((episode) => conversation(data, episode, look, actions)));
     if (number !== this.shown) return; // another one was opened meanwhile
+    const focusAgain = keptFocus(this.controls, this.pane);
     const same = this.pane.dataset.shown === shown.join(),
       { scrollTop } = this.pane;
     this.pane.replaceChildren(
@@ -446,8 +450,26 @@ class Episodes {
     this.line.hidden = !look.tokens || !shown.length;
     this.line.replaceChildren(el("span", { class: "muted" }, "Point at a token, or go through them by ← and →."));
     this.drawControls();
+    focusAgain();
     this.onShown?.(shown);
   }
+}
+
+/**
+ * A function that gives the focus back to what stands where the focused element of `controls` or `pane` stood, once
+ * they are drawn anew: of the controls the one with its id, of the pane the one at its place, or else the pane itself.
+ */
+function keptFocus(controls, pane) {
+  const focused = document.activeElement,
+    { id } = focused;
+  if (controls.contains(focused)) return () => (document.getElementById(id) ?? pane).focus();
+  if (!pane.contains(focused)) return () => {};
+  const path = [];
+  for (let at = focused; at !== pane; at = at.parentElement) path.unshift([...at.parentElement.children].indexOf(at));
+  return () => {
+    path.reduce((at, child) => at?.children[child], pane)?.focus({ preventScroll: true });
+    if (!pane.contains(document.activeElement)) pane.focus({ preventScroll: true });
+  };
 }
 
 function legend(colouring) {

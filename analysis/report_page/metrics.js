@@ -103,6 +103,7 @@ function linePlot(title, runs) {
   const text = share ? (value) => percent(value, Math.max(...values) - Math.min(...values) < 0.05 ? 1 : 0) : figure;
   const ys = range(values);
   const [picture, x, y] = axes(
+    `${title} over training steps`,
     { low: Math.min(...steps), high: Math.max(...steps), text: (step) => (Number.isInteger(step) ? whole(step) : "") },
     share ? { low: Math.max(0, ys.low), high: Math.min(1, ys.high), text } : { ...ys, text },
   );

@@ -3,6 +3,7 @@
 
 function drawOverview(data, place) {
   const played = data.runs.map((run, number) => ({ run, number })).filter(({ run }) => run.whole);
+  const graded = played.filter(({ run }) => run.whole.right !== null);
   place.append(
     el(
       "div",
@@ -12,7 +13,9 @@ function drawOverview(data, place) {
         ? el(
             "div",
             { class: "plots wide" },
-            card("Right over tokens", "each run, with its 95% interval; small dots: its levels", accuracyPlot(played)),
+            graded.length
+              ? card("Right over tokens", "each run, with its 95% interval; small dots: its levels", accuracyPlot(graded))
+              : null,
             card("Length of dialogues", "sampled tokens of each; what was not right is pale", lengthPlot(data)),
           )
         : null,
@@ -67,13 +70,14 @@ function table(headings, rows) {
   );
 }
 
-/** The accuracy of a row, with its interval as text and as a picture. */
+/** The accuracy of a row, with its interval as text and as a picture; nothing where nothing was graded. */
 function rightCell(row) {
+  if (row.right === null) return "";
   const [low, high] = row.interval,
     x = (share) => 2 + 76 * share;
   return el(
     "span",
-    { class: "right-cell", title: `95% Wilson interval: ${percent(low)} to ${percent(high)}` },
+    { class: "right-cell", title: `95% interval, over problems: ${percent(low)} to ${percent(high)}` },
     svg(
       "svg",
       { viewBox: "0 0 80 12", class: "whisker", "aria-hidden": "true" },
@@ -159,8 +163,8 @@ function levelsTable(played) {
     row
       ? el(
           "span",
-          { title: `${row.episodes} episodes, 95% interval ${row.interval.map((end) => percent(end)).join(" to ")}` },
-          el("strong", {}, percent(row.right, 0)),
+          { title: `${row.episodes} episodes${row.interval ? `, 95% interval ${row.interval.map((end) => percent(end)).join(" to ")}` : ""}` },
+          row.right === null ? "" : el("strong", {}, percent(row.right, 0)),
           el("span", { class: "muted" }, ` in ${figure(row.tokens)}`),
         )
       : "";
@@ -217,12 +221,13 @@ const WIDE = { ...PLOT, width: 480, height: 200 };
 function accuracyPlot(played) {
   const rows = played.flatMap(({ run, number }) => [
     ...Object.entries(run.levels)
-      .filter(([, row]) => row)
+      .filter(([, row]) => row && row.right !== null)
       .map(([level, row]) => ({ row, number, label: `${run.name}, level ${level}`, small: true })),
     { row: run.whole, number, label: run.name },
   ]);
   const shown = rows.filter(({ small }) => !small || Object.keys(played[0].run.levels).length > 1);
   const [picture, x, y] = axes(
+    "Right over tokens",
     range(
       shown.map(({ row }) => row.tokens),
       { from: 0 },
@@ -276,7 +281,12 @@ function lengthPlot(data) {
     all[Math.floor(count / wide)]++;
     if (outcome[episode] === 0) right[Math.floor(count / wide)]++;
   });
-  const [picture, x, y] = axes({ low: 0, high: all.length * wide }, { low: 0, high: Math.max(...all) * 1.05 }, WIDE);
+  const [picture, x, y] = axes(
+    "Length of dialogues",
+    { low: 0, high: all.length * wide },
+    { low: 0, high: Math.max(...all) * 1.05 },
+    WIDE,
+  );
   all.forEach((count, at) => {
     const bar = (height, kind) =>
       svg(

@@ -56,6 +56,7 @@ class Page {
       const place = (this.parts[part] = el("div", {
         class: "part",
         role: "tabpanel",
+        tabindex: part === "conversations" ? null : "0", // what scrolls, by the arrow keys
         "aria-labelledby": `tab-${part}`,
       }));
       document.getElementById("main").append(place);

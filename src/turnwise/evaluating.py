@@ -1,9 +1,8 @@
 """Teams on a benchmark: played or replayed, seed by seed, in a folder that can be resumed, and held against another."""
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import orjson
@@ -20,8 +19,9 @@ from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
 from turnwise.named import TINY_MODELS, stored_episodes
 from turnwise.protocols.protocol import ReasoningProtocol
+from turnwise.rl.episode_store import encode
 from turnwise.rl.rollout import in_order
-from turnwise.rl.run_folder import Run, write_whole
+from turnwise.rl.run_folder import Run, read_run, write_whole
 from turnwise.show import play_shown
 
 
@@ -29,7 +29,8 @@ from turnwise.show import play_shown
 class Entry:
     """A team that is evaluated: `seeds` runs, each of `samples` on every problem.
 
-    `settings` is what, besides protocol, problems and seed, must be equal where a run is resumed.
+    `settings` is what, besides protocol, problems and seed, must be equal where a run is resumed. `only` has, for each
+    seed, the ids of the episodes to be played, if not all are.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Entry:
     samples: int
     seeds: Sequence[int]
     settings: Run
+    only: Mapping[int, Collection[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +87,26 @@ def solution_entries(
 def replayed_entry(
     folder: Path, environment: Environment, protocol: ReasoningProtocol, *, samples: int | None = None
 ) -> tuple[Environment, list[Entry]]:
-    """The run that a folder holds, to be played again as it was and graded anew; and those problems that it holds."""
+    """The run that a folder holds, to be played again as it was and graded anew; and those problems that it holds.
+
+    Of each problem all samples that finished, or those numbered below `samples`.
+    """
     stored = stored_episodes(folder)
     held = {episode.transcript.problem.id for episode in stored}
     problems = [problem for problem in environment.problems if problem.id in held]
     if not problems:
         raise InputError(f"{folder} holds no episode on the problems of {environment.name}; name those that it played")
-    fewest = min(Counter((e.seed, e.transcript.problem.id) for e in stored).values())
-    team = dict.fromkeys(protocol.seats, ReplayAgent(stored))
-    seeds = sorted({episode.seed for episode in stored})
-    entry = Entry(folder.name, protocol, team, samples or fewest, seeds, {"replay": folder.name})
+    held = {problem.id for problem in problems}
+    digest, only = hashlib.blake2b(digest_size=8), dict[int, set[str]]()
+    for episode in stored:
+        digest.update(encode(episode))
+        if episode.transcript.problem.id in held and (not samples or episode.sample < samples):
+            only.setdefault(episode.seed, set()).add(episode.id)
+    entry = Entry(
+        folder.name, protocol, dict.fromkeys(protocol.seats, ReplayAgent(stored)),
+        samples or 1 + max(episode.sample for episode in stored), sorted(only),
+        {"replay": f"{folder.name} {digest.hexdigest()}", **_unit_of(folder)}, only,
+    )  # fmt: skip
     return replace(environment, problems=problems), [entry]
 
 
@@ -115,19 +127,19 @@ def evaluate_entries(
     *,
     baseline: str | None = None,
     output: Path | None = None,
-    tokens: str = "sampled tokens",
     answer_marker: str = "",
 ) -> tuple[Result, dict[str, list[Episode]]]:
     """Plays what is missing, and says what all of it came to; with an `output` folder, in its `evaluation.json` too.
 
     The folder gets an episode store for each seed, `seed-0` and so on, after an entry's name where there are several.
-    `baseline` is the name of an entry, or the folder of an earlier run. `tokens` says what was counted, and
-    `answer_marker` how answers are found, so that a run is not resumed with another.
+    `baseline` is the name of an entry, or the folder of an earlier run, whose tokens are to be the same ones.
+    `answer_marker` says how answers are found, so that a run is not resumed with another.
     """
+    tokens = _counted(entries[0].settings)
     protocols = {entry.name: entry.protocol for entry in entries}
     earlier = dict[str, list[Episode]]()
     if baseline is not None and baseline not in protocols:
-        earlier = {baseline: _baseline(baseline, list(protocols), environment)}
+        earlier = {baseline: _baseline(baseline, list(protocols), environment, tokens)}
     runs = dict[str, list[Episode]]()
     for entry in entries:
         settings = {**entry.settings, "answer_marker": answer_marker}
@@ -164,9 +176,28 @@ def show_evaluation(result: Result, runs: Mapping[str, Sequence[Episode]], conso
         console.print(printed_results(result.printed, result.benchmark))
 
 
-def _baseline(folder: str, entries: Sequence[str], environment: Environment) -> list[Episode]:
+def _counted(run: Run) -> str:
+    """What is counted as tokens in a run that its settings, or its `run.json`, describe."""
+    if "tokenizer" not in run:
+        return "sampled tokens"
+    return f"of {run['tokenizer']} in the stored texts" if run["tokenizer"] else "words of the stored texts"
+
+
+def _unit_of(folder: Path) -> Run:
+    """What the `run.json` of the stores in a folder say of stored texts' tokenizer, or nothing."""
+    stores = [path.parent for path in folder.rglob("episodes.jsonl") if path.with_name("run.json").is_file()]
+    tokenizers = [run["tokenizer"] for run in map(read_run, stores) if "tokenizer" in run]
+    return {"tokenizer": tokenizers[0]} if tokenizers else {}
+
+
+def _baseline(folder: str, entries: Sequence[str], environment: Environment, tokens: str) -> list[Episode]:
     if not Path(folder).is_dir():
         raise InputError(f"a baseline is one of {', '.join(entries)}, or the folder of an earlier run; got {folder}")
+    if (counted := _counted(_unit_of(Path(folder)))) != tokens:
+        raise InputError(
+            f"AES needs tokens of one kind: those of {folder} are {counted}, and this run's are {tokens}; give a "
+            "baseline with the same, such as by --tokenizer"
+        )
     episodes = in_order(environment, stored_episodes(Path(folder)))
     if not episodes:
         raise InputError(f"{folder} holds no episode on these problems of {environment.name}")
@@ -186,7 +217,7 @@ def _played(
     for seed in entry.seeds:
         of_seed = play_shown(
             f"{called}seed {seed}", entry.protocol, entry.team, environment, console,
-            seed=seed, samples=entry.samples, output=output, settings=settings,
+            seed=seed, samples=entry.samples, output=output, settings=settings, only=entry.only.get(seed),
         )  # fmt: skip
         episodes += (episode for episode in of_seed if episode.sample < entry.samples)
     return episodes

@@ -39,6 +39,7 @@ PROTOCOLS: dict[str, Callable[[], GraphProtocol]] = {
     "debate": Debate,
     "panel": Panel,
 }
+SHOWN = 5  # stores that an error names
 TINY_MODELS = {"tiny-long": LONG, "tiny-short": SHORT, "tiny-router": ROUTER, "tiny-novice": NOVICE}
 
 
@@ -135,7 +136,7 @@ def models_of(seats: Sequence[str], given: Sequence[str], run: Run) -> dict[str,
         if not found or not model:
             raise InputError(f"a model is given as SEAT=MODEL, such as long=agents/tiny/long; got {text!r}")
         named[seat] = model
-    models = {seat: named.get(seat) or run.get(seat) for seat in seats}
+    models = {seat: named.get(seat) or run.get(f"seat {seat}", run.get(seat)) for seat in seats}
     if without := [seat for seat, model in models.items() if not isinstance(model, str)]:
         raise InputError(f"no model for seat(s) {without}, and the run names none; give each as --model SEAT=MODEL")
     return {seat: str(model) for seat, model in models.items()}
@@ -161,12 +162,15 @@ def stored_episodes(folder: Path) -> list[Episode]:
     return episodes
 
 
-def store_file(run: Path) -> Path:
-    """The file with the episodes of a store's folder. Raises InputError where is none."""
-    path = run / "episodes.jsonl"
-    if not path.is_file():
-        raise InputError(f"{run} is no run: it has no episodes.jsonl; give the folder of an episode store")
-    return path
+def store_in(folder: Path) -> Path:
+    """The one episode store that a folder is or holds. Raises InputError where it holds several, or none."""
+    if (folder / "episodes.jsonl").is_file():
+        return folder
+    found = [path.parent for path in sorted(folder.rglob("episodes.jsonl"))]
+    if len(found) != 1:
+        shown = ", ".join(map(str, found[:SHOWN])) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+        raise InputError(f"one episode store is needed; {folder} holds {shown or 'none'}: name the folder of one")
+    return found[0]
 
 
 def _protocol_in(name: str) -> ReasoningProtocol:

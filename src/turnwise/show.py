@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -88,7 +89,7 @@ def read_problems(path: str | Path, *, number: int | None, solution: str | None 
 
 def _told(name: str, loaded: "LoadedProblems") -> tuple[Problem, ...]:
     if loaded.dropped:
-        Console(stderr=True).print(f"{name}: {loaded}")
+        Console(stderr=True).print(f"{name}: {loaded}", markup=False)
     return loaded.problems
 
 
@@ -111,24 +112,33 @@ def play_shown(
     samples: int = 1,
     output: Path | None = None,
     settings: Mapping[str, str | int | float] | None = None,
+    only: Collection[str] | None = None,
 ) -> list[Episode]:
     """Plays every problem `samples` times under a progress bar; prints the first `shown` conversations as they end.
 
     With an `output` folder the episodes are kept in a subfolder named after `title`; what is there already is not
-    played again. `settings` is what, besides protocol, problems and seed, must be equal for that.
+    played again. `settings` is what, besides protocol, problems and seed, must be equal for that. `only` has the ids of
+    the episodes to be played, if not all are.
     """
     described = {"protocol": protocol.fingerprint, "problems": environment.name, "seed": seed, **(settings or {})}
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:<12}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with (
         EpisodeStore(output / title.replace(" ", "-"), described) if output else nullcontext() as store,
         Progress(*columns, console=console) as progress,
     ):
         episodes = in_order(environment, (episode for episode in store or () if episode.error is None))
         already = len(episodes)
-        task = progress.add_task(title, total=len(environment.problems) * samples, completed=already)
+        most = len(environment.problems) * samples if only is None else len(only)
+        task = progress.add_task(title, total=most, completed=already)
 
         async def watch() -> None:
-            async for episode in rollout(protocol, team, environment, samples=samples, seed=seed, store=store):
+            stream = rollout(protocol, team, environment, samples=samples, seed=seed, store=store, only=only)
+            async for episode in stream:
                 if len(episodes) - already < shown:
                     console.print(conversation(episode))
                 episodes.append(episode)
@@ -207,13 +217,16 @@ def contribution_shown(
     *,
     folder: Path,
     run: Run,
+    settings: Run,
 ) -> Contribution:
     """What a seat of a run is worth against `instead`, a name and an agent, under a progress bar.
 
-    The episodes that are played for it are kept in a subfolder; `run` is what they branch from.
+    The episodes that are played for it are kept in a subfolder; `run` is what they branch from, and `settings` who
+    fills the other seats, and how. Raises InputError where the subfolder holds what was played otherwise.
     """
     name, agent = instead
-    described = {**{f"of {key}": value for key, value in run.items()}, "seat": seat, "instead": name}
+    described = {"protocol": protocol.fingerprint, **settings, "seat": seat, "instead": name}
+    described |= {f"of {key}": value for key, value in run.items()}
     title = re.sub(r"[^\w.-]+", "-", f"{seat} {name}")
     with EpisodeStore(folder / title, described) as store, stages_shown(console) as on_progress:
         total = sum(episode.grade is not None for episode in episodes)
@@ -251,7 +264,12 @@ def train_shown(trainer: "Trainer", console: Console) -> None:
 
     Evaluations are printed as they come, and so is the first step of a mode's collapse.
     """
-    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
     alarmed = None
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=trainer.steps)
@@ -283,7 +301,12 @@ def show_trained(trainer: "Trainer", console: Console) -> None:
 @contextmanager
 def stages_shown(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar for each stage of a long work, by what it yields: a function of (stage, done, at the most)."""
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:<12}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         tasks = dict[str, TaskID]()
 
@@ -355,7 +378,7 @@ def conversation(episode: Episode) -> Panel:
     seats = list(dict.fromkeys(step.seat for step in episode.transcript.steps))
     parts = [Text(episode.transcript.problem.statement, style="bold")]
     parts += (said(step.seat, step.text, seats) for step in episode.transcript.steps)
-    return Panel(Group(*parts, verdict(episode)), title=episode.id, title_align="left", border_style="dim")
+    return Panel(Group(*parts, verdict(episode)), title=escape(episode.id), title_align="left", border_style="dim")
 
 
 def said(seat: str, text: str, seats: Sequence[str]) -> Text:

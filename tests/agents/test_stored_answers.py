@@ -45,8 +45,9 @@ class TestReadAnswers:
     @pytest.mark.parametrize(
         ("rows", "message"),
         [
-            (['{"id": '], "line 1 of .* is not JSON"),
-            (["", "[1]"], r"line 2 of .* must be a JSON object; got \[1\]"),
+            (['{"id": '], r"line 1 of .* must be a JSON object; it is no JSON \("),
+            (["", "[1]"], "line 2 of .* must be a JSON object; it is no JSON object, but a list"),
+            (['"' + "x" * 38 + '×"'], "it is no JSON object, but a str"),
             ([{"id": "p-0"}], 'line 1 of .* needs an "id" or a "question".* it has id'),
             ([{"solution": "2"}], 'line 1 of .* needs an "id" or a "question"'),
             ([{"id": "q", "solution": "2"}], "answers none of the problems"),

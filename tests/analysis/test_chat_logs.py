@@ -53,7 +53,7 @@ def test_chats_become_episodes(tmp_path: Path) -> None:
         b"",
         chat("1 + 1?", "It is 3", id="a", answer="2"),
         {"messages": [system, {"role": "user", "content": "Why?"}, ann]},
-        chat("Solve this: 7", "8", "Are you sure?", "No: 7", problem="7", answer="7"),
+        chat("Solve this: 7", "8", "Are you sure?", "No: 7", "Thanks, not 8!", problem="7", answer="7"),
         {"messages": [{"role": "assistant", "content": None}, {"role": "tool", "content": "42"}], "id": 5},
     )  # fmt: skip
     assert import_chats(source, tmp_path / "run", Contains()) == Imported(chats=5, graded=3, right=2)
@@ -67,9 +67,9 @@ def test_chats_become_episodes(tmp_path: Path) -> None:
     assert (seat, state, reply.text, reply.token_count) == ("ann", "assistant", "one two three", 3)
     assert sure.transcript.problem.question == "7"
     assert [(step.seat, step.reply.token_count) for step in sure.transcript.steps] == [
-        ("assistant", 1), ("user", 0), ("assistant", 2),
+        ("assistant", 1), ("user", 0), ("assistant", 2), ("user", 0),
     ]  # fmt: skip
-    assert sure.right
+    assert sure.grade == Grade(Outcome.RIGHT, "No: 7")
     assert tool.transcript.problem == Problem("5", "", "")
     assert [step.seat for step in tool.transcript.steps] == ["assistant", "tool"]
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,8 @@ from turnwise.agents.agent import Agent
 from turnwise.agents.scripted import ScriptedAgent
 from turnwise.agents.tiny import LONG, SHORT
 from turnwise.agents.transformers_agent import TransformersAgent, TransformersEngine
-from turnwise.analysis.contribution import Contribution, Marginal, ablated, branch, contribution, paired_interval
+from turnwise.analysis.contribution import Contribution, Marginal, ablated, branch, contribution
+from turnwise.analysis.statistics import change
 from turnwise.environments.arithmetic import arithmetic
 from turnwise.environments.environment import Environment, Grade, Grader, Outcome
 from turnwise.environments.episode import Episode
@@ -31,6 +33,7 @@ from turnwise.protocols.solo import Solo
 from turnwise.protocols.thinkless import Thinkless
 from turnwise.rl.episode_store import EpisodeStore
 from turnwise.rl.rollout import Team, in_order, play
+from turnwise.rl.summary import wilson
 
 
 class Exact(Grader):
@@ -107,11 +110,12 @@ class TestKnownExactly:
     def test_without_its_thoughts_half_is_right(self, team: dict[str, Counting], episodes: list[Episode]) -> None:
         again = branched(LongShort(), team, episodes, "long", ablated())
         found = contribution(LongShort(), "long", "ablated", episodes, again)
-        low, high = paired_interval([0.0, 1.0] * 5)
+        worth = change(np.ones(10), np.array([1.0, 0.0] * 5))
+        low, high = worth.low, worth.high
         assert found == Contribution(
             seat="long", instead="ablated", problems=10, episodes=20, failed=0,
             # A thought has 5 words and an answer 3.
-            accuracy=Marginal(1.0, 0.5, 0.5, pytest.approx(low, abs=0.1), pytest.approx(high, abs=0.1)),
+            accuracy=Marginal(1.0, 0.5, 0.5, low, high),
             tokens=Marginal(8.0, 3.0, 5.0, 5.0, 5.0), seat_tokens=5.0, reached=1.0, empty=0.0, new_tokens=60,
         )  # fmt: skip
         assert found.accuracy.low > 0
@@ -123,7 +127,9 @@ class TestKnownExactly:
         found = contribution(
             LongShort(), "short", "ablated", episodes, branched(LongShort(), team, episodes, "short", ablated())
         )
-        assert found.accuracy == Marginal(1.0, 0.0, 1.0, 1.0, 1.0)
+        # Everywhere the same: other problems may yet be otherwise.
+        assert found.accuracy == Marginal(1.0, 0.0, 1.0, 1 - 2 * wilson(0, 10)[1], 1.0)
+        assert found.alarms == []
         assert found.tokens == Marginal(8.0, 5.0, 3.0, 3.0, 3.0)
         # What stands before its first turn is not played again, and nobody speaks after it.
         assert found.new_tokens == 0
@@ -137,17 +143,28 @@ class TestKnownExactly:
         assert (found.tokens.team, found.tokens.without, found.new_tokens) == (8.0, 11.0, 220)
         assert worse.asked == 20
 
+    def test_a_seat_that_does_harm(self, team: dict[str, Counting]) -> None:
+        team["long"] = Counting(lambda turn, seed: "<think> It is 7. </think>")
+        episodes = play(LongShort(), team, ENVIRONMENT)
+        found = contribution(
+            LongShort(), "long", "ablated", episodes, branched(LongShort(), team, episodes, "long", ablated())
+        )
+        assert (found.accuracy.team, found.accuracy.without) == (0.0, 0.5)
+        (alarm,) = found.alarms
+        assert alarm.startswith("the team is better without long: with ablated as long accuracy rises (+1")
+
     def test_a_seat_that_nobody_heeds_is_lazy(self) -> None:
         team = {"long": Counting(lambda turn, seed: "<think> \n</think>"), "short": Counting(conclude)}
         episodes = play(LongShort(), team, ENVIRONMENT)
         again = branched(LongShort(), team, episodes, "long", ablated("<think></think>"))
         found = contribution(LongShort(), "long", "ablated", episodes, again)
-        assert found.accuracy == Marginal(0.5, 0.5, 0.0, 0.0, 0.0)
+        apart = wilson(0, 10)[1]
+        assert found.accuracy == Marginal(0.5, 0.5, 0.0, -apart, apart)
         assert found.tokens == Marginal(5.0, 3.0, 2.0, 2.0, 2.0)
         assert found.empty == 1.0
         assert found.alarms == [
             "long says nothing but tags in 100% of its turns",
-            "with ablated as long accuracy changes by nothing that 10 problems can show (+0.0% to +0.0%)",
+            "with ablated as long accuracy changes by nothing that 10 problems can show (-27.8% to +27.8%)",
         ]
 
     def test_a_seat_that_is_never_asked(self) -> None:
@@ -317,27 +334,6 @@ class TestRefused:
             branched(LongShort(), team, [*episodes, *other], "long", ablated())
         with pytest.raises(InputError, match="these are of 0 seeds"):
             branched(LongShort(), team, [], "long", ablated())
-
-
-class TestPairedInterval:
-    def test_by_hand(self) -> None:
-        assert paired_interval([0.25] * 7) == (0.25, 0.25)
-        # Of two problems, a quarter of the resamples have the first alone and a quarter the second.
-        assert paired_interval([0.0, 1.0]) == (0.0, 1.0)
-        assert paired_interval([3.0]) == (3.0, 3.0)
-
-    def test_it_is_as_wide_as_normal_theory_has_it(self) -> None:
-        rng = random.Random(0)
-        differences = [rng.gauss(0.1, 1) for _ in range(400)]
-        low, high = paired_interval(differences, resamples=4000)
-        mean = sum(differences) / 400
-        assert low == pytest.approx(mean - 1.96 / 20, abs=0.012)
-        assert high == pytest.approx(mean + 1.96 / 20, abs=0.012)
-
-    def test_the_same_seed_the_same_interval(self) -> None:
-        differences = [0.0, 1.0, 0.5, -1.0, 0.25]
-        assert paired_interval(differences) == paired_interval(differences)
-        assert paired_interval(differences) != paired_interval(differences, seed=1, resamples=50)
 
 
 def say(turn: Turn, seed: int) -> Reply:

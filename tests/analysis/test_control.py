@@ -1,6 +1,7 @@
 from statistics import fmean
 from typing import ClassVar
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from turnwise.environments.episode import Episode
 from turnwise.environments.errors import InputError
 from turnwise.environments.problem import Problem
 from turnwise.environments.transcript import Reply, Step, Transcript
+from turnwise.rl.summary import over_problems
 
 RIGHT, WRONG = "2", "3"
 
@@ -104,8 +106,10 @@ class TestMajority:
     def test_more_votes_than_samples_are_all_samples(self) -> None:
         assert majority([[episode(5), episode(7)]], 100) == Control(1.0, 12.0)
 
-    def test_answers_are_counted_as_they_are_written(self) -> None:
-        assert majority([[episode(1), episode(1, WRONG), episode(1, WRONG), episode(1, "2.0")]], 4).accuracy == 0.0
+    def test_right_answers_are_one_however_they_are_written_and_wrong_ones_without_their_trimmings(self) -> None:
+        first, wrong, again = episode(1), episode(1, WRONG), episode(1, "2.0")
+        assert majority([[wrong, wrong, first, again, again]], 5).accuracy == 1.0
+        assert majority([[first, again, wrong, episode(1, "$3$."), episode(1, " 3")]], 5).accuracy == 0.0
 
 
 def test_a_choice_by_lot() -> None:
@@ -188,6 +192,27 @@ class TestAtAllBudgets:
         # q's pairs: three of the six have the wrong one first, which wins; p's: the right one is always first.
         assert found.voting == {1: Control(0.75, 20.0), 2: Control(0.75, 40.0), 4: Control(1.0, 80.0)}
         assert found.same_tokens == {"cut short": Control(0.75, 20.0), "voting": Control(0.75, 30.0)}
+
+    def test_the_teams_gain_is_paired_by_problem(self) -> None:
+        # On half of 40 problems all are right, on the others none but the team on every fifth.
+        problems = [(f"p{n:02}", n % 2 == 0, n % 10 == 1) for n in range(40)]
+        team = [episode(10, RIGHT if easy or won else WRONG, problem=id) for id, easy, won in problems for _ in "ab"]
+        alone = [episode(10, RIGHT if easy else WRONG, problem=id) for id, easy, _ in problems for _ in "abcd"]
+        found = at_all_budgets(team, alone)
+        apart = np.array([float(won) for _, _, won in problems])
+        half = 2.0227 * apart.std(ddof=1) / 40**0.5  # Student's
+        for gain in found.gains.values():
+            assert gain.value == pytest.approx(0.1)
+            assert (gain.high - gain.low) / 2 == pytest.approx(half, rel=0.15)
+        # Unpaired, and over samples: as uncertain as half of 40 coins.
+        assert found.interval == over_problems(team)
+        assert found.interval[1] - found.interval[0] > 0.28
+
+    def test_the_gain_is_that_over_the_control_for_the_same_tokens(self) -> None:
+        for tokens in (5, 15, 30, 60, 500):
+            found = at_all_budgets([episode(tokens), episode(tokens, WRONG, problem="q")], self.alone)
+            for name, control in found.same_tokens.items():
+                assert found.gains[name].value == pytest.approx(found.team.accuracy - control.accuracy)
 
     @pytest.mark.parametrize(("tokens", "accuracy", "spent"), [(5, 0.75, 20.0), (60, 0.875, 60.0), (500, 1.0, 80.0)])
     def test_voting_for_the_tokens_of_the_team(self, tokens: int, accuracy: float, spent: float) -> None:

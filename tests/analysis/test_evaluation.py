@@ -105,6 +105,13 @@ class TestForm:
         found = evaluate([Episode(transcript, 0, 0, Grade(Outcome.WRONG))], protocol)
         assert (found.cut_off, found.ill_formed) == (1 / 6, 0.5)
 
+    def test_a_choice_of_mode_is_no_turn_that_is_cut_off(self) -> None:
+        steps = (step("route", "Well", cut=True), step("think", "<think>so", cut=True), step("short", "2", seat="b"))
+        found = evaluate(
+            [Episode(Transcript(Problem("p", "1 + 1?", "2"), steps), 0, 0, Grade(Outcome.WRONG))], Thinkless()
+        )
+        assert (found.cut_off, found.seat_cut_off) == (0.5, {"solver": 1.0, "b": 0.0})
+
     def test_a_choice_of_mode_that_chose_none(self) -> None:
         protocol = Thinkless()
         assert not breaks_form(protocol, step("route", "", stop="<think>"))

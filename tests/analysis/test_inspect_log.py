@@ -40,8 +40,8 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def usage(tokens: int) -> dict[str, int]:
-    return {"input_tokens": 0, "output_tokens": tokens, "total_tokens": tokens}
+def usage(read: int, sampled: int) -> dict[str, int]:
+    return {"input_tokens": read, "output_tokens": sampled, "total_tokens": read + sampled}
 
 
 def test_what_stands_in_a_log(run: Path, tmp_path: Path) -> None:
@@ -65,8 +65,8 @@ def test_what_stands_in_a_log(run: Path, tmp_path: Path) -> None:
             },
         }],
     }  # fmt: skip
-    assert log["stats"]["model_usage"] == {"big": usage(24), "small": usage(6)}
-    assert log["stats"]["role_usage"] == {"long": usage(24), "short": usage(6)}
+    assert log["stats"]["model_usage"] == {"big": usage(2, 24), "small": usage(0, 6)}
+    assert log["stats"]["role_usage"] == {"long": usage(2, 24), "short": usage(0, 6)}
     first, second, failed, ungraded = log["samples"]
     assert (first["id"], first["epoch"], first["uuid"]) == ("p1", 1, "p1#0")
     assert (first["input"], first["target"], first["choices"]) == ("1 + 1?", "B", ["3", "2"])
@@ -86,6 +86,22 @@ def test_what_stands_in_a_log(run: Path, tmp_path: Path) -> None:
     assert failed["error"]["message"] == "RuntimeError: no answer"
     assert "scores" not in failed
     assert not ungraded.keys() & {"scores", "error"}
+
+
+SAID = (("assistant", "imported"), ("tool", ""), ("user", ""))
+CHAT = Transcript(PROBLEM, tuple(Step(role, role, Reply("4", int(bool(model)), model=model)) for role, model in SAID))
+
+
+def test_who_was_not_sampled_is_no_assistant(tmp_path: Path) -> None:
+    with EpisodeStore(tmp_path / "run", {"protocol": "chat log"}) as store:
+        store.append(Episode(CHAT, 0, 0))
+    export_inspect(tmp_path / "run", tmp_path / "run.json")
+    (sample,) = (log := json.loads((tmp_path / "run.json").read_text()))["samples"]
+    assert [message["role"] for message in sample["messages"]] == ["user", "assistant", "tool", "user"]
+    assert [event["role"] for event in sample["events"]] == ["assistant"]
+    assert sample["output"]["choices"][0]["message"] == sample["messages"][1]
+    assert sample["model_usage"] == log["stats"]["model_usage"] == {"imported": usage(0, 1)}
+    assert (log["eval"]["model"], list(log["eval"]["model_roles"])) == ("imported", ["assistant"])
 
 
 def test_the_same_run_is_the_same_log(run: Path, tmp_path: Path) -> None:
@@ -126,6 +142,12 @@ def test_what_cannot_be_exported_leaves_the_old_log_alone(run: Path, tmp_path: P
 def test_inspects_own_loader_reads_it(run: Path, tmp_path: Path) -> None:
     log_module = pytest.importorskip("inspect_ai.log", reason="needs inspect_ai: make inspect")
     path = tmp_path / "run.json"
+    with EpisodeStore(tmp_path / "chats", {"protocol": "chat log"}) as store:
+        store.append(Episode(CHAT, 0, 0))
+    export_inspect(store.folder, path)
+    (chat,) = log_module.read_eval_log(str(path)).samples
+    assert [message.role for message in chat.messages] == ["user", "assistant", "tool", "user"]
+    assert [event.role for event in chat.events] == ["assistant"]
     export_inspect(run, path)
     header = log_module.read_eval_log(str(path), header_only=True)
     assert (header.status, header.eval.task, header.samples) == ("success", "run", None)

@@ -38,7 +38,8 @@ def blocks(page: Path) -> dict[str, object]:
 def dialogue(*steps: tuple[str, str, str, str | None], grade: Grade | None = None, sample: int = 0) -> Episode:
     """Turns as (seat, state, text, closing tag), one token each."""
     said = [Step(seat, state, Reply(text, 1, "stop" if stop else "end", stop)) for seat, state, text, stop in steps]
-    return Episode(Transcript(Problem("p", "1 + 1?", "2"), tuple(said)), sample, 0, grade)
+    error = "KeyError: 'x'" if grade is None else None
+    return Episode(Transcript(Problem("p", "1 + 1?", "2"), tuple(said)), sample, 0, grade, error)
 
 
 # What it holds
@@ -53,7 +54,7 @@ def test_a_training_run_is_told_of_by_run_level_and_step(training_run: Path, tmp
     assert run["metrics"] == {"evaluation/right": [[0], [0.5]], "right": [[1, 2], [0.5, 0.75]]}
     whole = run["whole"]
     assert (whole["episodes"], whole["failed"], whole["right"], whole["turns"]) == (4, 1, 0.5, 2.5)
-    assert whole["interval"] == list(wilson(2, 4))
+    assert whole["interval"] == list(wilson(1, 2))  # half of each of two problems
     assert whole["outcomes"] == {"right": 2, "wrong": 1, "unparsable": 1}
     assert (whole["rethinks"], whole["aha"], run["phrases"]) == (1, 1, {"overthink": 1})
     assert whole["tokens"] == pytest.approx(whole["seats"]["long"] + whole["seats"]["short"])
@@ -67,7 +68,7 @@ def test_a_training_run_is_told_of_by_run_level_and_step(training_run: Path, tmp
 def test_the_index_has_a_row_an_episode(training_run: Path, tmp_path: Path) -> None:
     write_report([training_run], tmp_path / "report.html")
     index = blocks(tmp_path / "report.html")["index"]
-    assert index["outcomes"] == ["right", "wrong", "unparsable", "timed out", "failed"]
+    assert index["outcomes"] == ["right", "wrong", "unparsable", "timed out", "failed", "ungraded"]
     assert index["seats"] == ["long", "short"]
     assert index["problems"] == [["easy", 1, "What is 2+4?", ""], ["hard", 3, "What is 7·8, modulo 10?", ""]]
     columns = index["episodes"]
@@ -204,6 +205,24 @@ def test_what_cannot_be_shown_is_told_in_one_line(training_run: Path, tmp_path: 
         write_report([tmp_path / "run"], tmp_path / "report.html", tokenizers=[LONG])
     assert not (tmp_path / "report.html").exists()
     assert not list(tmp_path.glob("*.draft"))
+
+
+def test_what_was_not_graded_has_not_failed(tmp_path: Path) -> None:
+    chat = Episode(dialogue(("a", "s", "I overthink", None)).transcript, 0, 0)
+    failed = dialogue(("a", "s", "I overthink", None), sample=1)
+    with EpisodeStore(tmp_path / "run", {"protocol": "chat log"}) as store:
+        for episode in (chat, failed):
+            store.append(episode)
+    write_report([tmp_path / "run"], tmp_path / "report.html")
+    index = blocks(tmp_path / "report.html")["index"]
+    (run,) = index["runs"]
+    whole = run["whole"]
+    assert (whole["episodes"], whole["failed"], whole["tokens"], whole["turns"]) == (1, 1, 1.0, 1.0)
+    assert whole["right"] is whole["interval"] is None
+    assert (whole["outcomes"], whole["aha"], run["phrases"]) == ({"ungraded": 1}, 1, {"overthink": 1})
+    assert [index["outcomes"][number] for number in index["episodes"]["outcome"]] == ["ungraded", "failed"]
+    assert ["s", "end", "", 1] in run["edges"]
+    assert ["s", FAILED, "", 1] in run["edges"]
 
 
 # What it says of dialogues

@@ -120,6 +120,8 @@ def test_tables_plots_and_the_graph(opened: Open, page: Path) -> None:
     assert texts(browser, ".part:not([hidden]) figcaption strong") == ["evaluation/right", "right"]
     assert texts(browser, ".part:not([hidden]) .reading") == ["step 050.0%", "step 275%"]
     assert len(all_of(browser, "polyline")) == 2
+    names = browser.execute_script("return [...document.querySelectorAll('svg.plot')].map((one) => one.ariaLabel)")
+    assert names[2:] == ["evaluation/right over training steps", "right over training steps"]
     press(browser, "4")
     assert set(texts(browser, ".state text:first-of-type")) == {"start", "think", "answer", "end", "failed"}
     assert "</rethink>20% · 1" in texts(browser, ".edge-label")
@@ -135,7 +137,7 @@ def test_search_and_filters(opened: Open, page: Path) -> None:
         browser.execute_script("document.getElementById(arguments[0]).click()", chip)
         told(browser, found)
     browser.execute_script("document.getElementById('outcome-failed').click()")
-    for chip in ("rethink", "aha"):
+    for chip in ("rethink", "aha", "long"):
         browser.execute_script("document.getElementById(arguments[0]).click()", chip)
         told(browser, "1 of 5 · 100.0%")
         browser.execute_script("document.getElementById(arguments[0]).click()", chip)
@@ -164,8 +166,11 @@ def test_tokens_by_log_probability_mask_and_advantage(opened: Open, page: Path) 
     browser = opened(page)
     press(browser, "3", "j", "j", "j", "j")
     conversations(browser, "hard#0")
-    press(browser, "t")
+    assert "right" in texts(browser, ".row[aria-selected=true] .outcome")
+    browser.execute_script("document.getElementById('tokens').focus()")
+    press(browser, Keys.SPACE)
     until(lambda: texts(browser, ".turn:nth-of-type(3) .token.trained"))
+    assert browser.execute_script("return document.activeElement.id") == "tokens", "which was drawn anew"
     think, answer, again, _ = ("".join(texts(browser, f".turn:nth-of-type({n}) .token")) for n in (1, 2, 3, 4))
     assert (think, answer) == ("<think>7×8=50, or am I overthinking?</think>", "<answer> is it?</rethink>")
     assert again == "<think>7×8=56</think>"
@@ -185,7 +190,12 @@ def test_tokens_by_log_probability_mask_and_advantage(opened: Open, page: Path) 
         seen.append(browser.execute_script("return document.querySelector('.tokens').className"))
         press(browser, "v")
         until(lambda: browser.execute_script("return document.querySelector('.tokens').className") != seen[-1])
+        assert browser.execute_script("return document.activeElement.token.id") == 7, "the focused one, drawn anew"
+        assert texts(browser, "#token-line")[0] == '"<answer>"id 7mask only read'
     assert seen == ["tokens by-probability", "tokens by-advantage", "tokens by-mask"]
+    press(browser, "t")
+    until(lambda: not all_of(browser, ".token"))
+    assert browser.execute_script("return document.activeElement.id") == "pane", "which scrolls by the arrow keys"
 
 
 def test_two_samples_of_a_problem_side_by_side(opened: Open, page: Path) -> None:
@@ -213,8 +223,9 @@ def test_two_samples_of_a_problem_side_by_side(opened: Open, page: Path) -> None
     press(browser, "k", "k")
     conversations(browser, "easy#0")
     press(browser, "?")
-    assert until(lambda: all_of(browser, "dialog[open]"))
-    press(browser, Keys.ESCAPE)
+    assert until(lambda: all_of(browser, "dialog[open] button"))
+    press(browser, Keys.ENTER)  # its button has the focus
+    until(lambda: not all_of(browser, "dialog[open]"))
 
 
 def test_light_and_dark_and_narrow(opened: Open, page: Path) -> None:
@@ -259,11 +270,16 @@ def test_hostile_text_is_text(opened: Open, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     line = (store.folder / "episodes.jsonl").read_bytes().splitlines()[4]
     broken.write_bytes(line.replace(b"<!--", b"\xff\xc0<!--").replace(b"{{7*7}}", rb"\ud800") + b"\n")
-    write_report([store.folder, broken], tmp_path / "report.html")
+    with EpisodeStore(tmp_path / "chats", {"protocol": "chat log"}) as chats:
+        chats.append(Episode(Transcript(Problem("chat", "Well?", ""), (Step("a", "a", Reply(HOSTILE[0], 1)),)), 0, 0))
+    write_report([store.folder, broken, chats.folder], tmp_path / "report.html")
     browser = opened(tmp_path / "report.html")
     for key in "1243":
         press(browser, key)
-    told(browser, "7 of 7")
+    assert texts(browser, "section:first-of-type tbody tr:last-child td")[:3] == ["chats", "1", ""]
+    told(browser, "8 of 8 · 0.0% right")
+    browser.execute_script("document.getElementById('long').click()")  # all are as long as the longest tenth
+    told(browser, "8 of 8")
     for number in (0, 1, 3, 4):
         browser.execute_script("page.episodes.select(arguments[0])", number)
         until(lambda number=number: texts(browser, ".turn .said") == [HOSTILE[3] + HOSTILE[number]])
@@ -279,7 +295,7 @@ def test_hostile_text_is_text(opened: Open, tmp_path: Path) -> None:
     until(lambda: "\ufffd\ufffd<!--" in "".join(texts(browser, ".turn .said")))
     assert texts(browser, ".turn .said")[0].endswith("\ufffd")
     press(browser, "/", "DOCUMENT.TITLE")
-    told(browser, "7 of 7")
+    told(browser, "8 of 8")
     assert browser.title.endswith("turnwise report")
     assert not all_of(browser, "img")
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from turnwise.analysis.statistics import Estimate, bootstrap, pass_at
+from turnwise.analysis.statistics import Estimate, bootstrap, change, pass_at
+from turnwise.rl.summary import wilson
 
 Array = NDArray[np.float64]
 
@@ -123,3 +124,19 @@ class TestBootstrap:
             # E p = 2/3, E p² = 1/2, E tokens = 100 (2 - 2/3)
             hits += [one.low <= true <= one.high for one, true in zip(found, (2 / 3, 1 / 6, 200), strict=True)]
         assert ((hits / runs >= 0.93) & (hits / runs <= 0.97)).all(), hits / runs
+
+
+class TestChange:
+    def test_it_is_the_paired_bootstrap(self) -> None:
+        ours, theirs = np.array([1.0, 1.0, 0.5, 0.0] * 5), np.array([1.0, 0.0, 0.5, 0.5] * 5)
+        apart = np.column_stack([ours - theirs, np.ones(20)])
+        assert change(ours, theirs) == bootstrap(mean, apart)
+        assert change(ours, theirs).value == 0.125
+
+    @pytest.mark.parametrize("same", [-1.0, 0.0, 0.25, 1.0])
+    def test_the_same_on_all_problems_may_be_another_on_others(self, same: float) -> None:
+        found = change(np.full(10, max(same, 0.0)), np.full(10, max(-same, 0.0)))
+        others = wilson(0, 10)[1]
+        # On the share `others` of problems anything from -1 to 1.
+        ends = [(1 - others) * same + others * end for end in (-1, 1)]
+        assert (found.value, found.low, found.high) == (same, pytest.approx(ends[0]), pytest.approx(ends[1]))

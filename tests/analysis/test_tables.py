@@ -53,9 +53,9 @@ class TestComparison:
         assert table.title == "Two runs"
         assert rows(table) == [
             ["", "right", "95% interval", "tokens", "long", "short", "turns", "AES"],
-            ["alone", "50.0%", "9.5% to 90.5%", "200.0", "200.0", "", "1.0", "+0.00"],
+            ["alone", "50.0%", "5.5% to 94.5%", "200.0", "200.0", "", "1.0", "+0.00"],
             # (200 − 52.5) / 200 + 3 · (1 − 0.5) / 0.5
-            ["together", "100.0%", "34.2% to 100.0%", "52.5", "42.5", "10.0", "2.5", "+3.74"],
+            ["together", "100.0%", "20.7% to 100.0%", "52.5", "42.5", "10.0", "2.5", "+3.74"],
         ]
 
     def test_one_seat_needs_no_columns_of_its_own(self) -> None:
@@ -107,8 +107,8 @@ class TestRoundsPlayed:
         assert table.title == "Round by round"
         assert rows(table) == [
             ["", "right", "95% interval", "tokens", "turns", "AES"],
-            ["long-r0⊗short-r0", "50.0%", "9.5% to 90.5%", "200.0", "1.0", "+0.00"],
-            ["long-r1⊗short-r1", "100.0%", "34.2% to 100.0%", "52.5", "2.5", "+3.74"],
+            ["long-r0⊗short-r0", "50.0%", "5.5% to 94.5%", "200.0", "1.0", "+0.00"],
+            ["long-r1⊗short-r1", "100.0%", "20.7% to 100.0%", "52.5", "2.5", "+3.74"],
             # (200 − 40) / 200 + 3
             ["long-r2⊗short-r0", "100.0%", "20.7% to 100.0%", "40.0", "1.0", "+3.80"],
         ]
@@ -128,6 +128,28 @@ def test_each_control_is_a_row() -> None:
         ["long alone, cut short", "25.6%", "64.0"],
         ["a majority of 9", "100.0%", "7.0"],
     ]
+    gained = equal_tokens({"alone": Control(0.5, 7.0)}, {"alone": Estimate(0.25, -0.1, 0.6)})
+    assert rows(gained) == [
+        ["", "right", "tokens", "team's gain", "95% interval"],
+        ["alone", "50.0%", "7.0", "+25.0%", "-10.0% to +60.0%"],
+    ]
+
+
+def test_names_are_shown_as_they_are() -> None:
+    name = "a[/b] both[old]"
+    team = [episode(("x[/y]", 1), ("z[old]", 2))]
+    shown = [
+        comparison({name: team}, baseline=name, title=name),
+        levels({name: team}, title=name),
+        evaluations({name: evaluate(team)}, title=name, caption=name),
+        endings({name: evaluate(team)}),
+        equal_tokens({name: Control(0.5, 1.0)}),
+        rounds_played([[summarise(team)]], [(0, 0)], (name, name), summarise(team)),
+    ]
+    for table in shown:
+        assert name in str(rows(table))
+    for table in (shown[0], shown[2], shown[3]):
+        assert "x[/y]" in str(rows(table))
 
 
 def test_what_was_left_out_is_counted_by_stage_and_reason() -> None:
@@ -184,6 +206,9 @@ class TestEvaluations:
             ["", "right", "wrong", "unparsable", "timed out", "failed", "cut off", "ill-formed"],
             ["alone", "1", "1", "0", "0", "1", "0.0%", ""],
         ]
+        heading, row = rows(endings({"together": evaluate(TOGETHER)}))
+        assert heading[-4:] == ["cut off", "cut off, long", "cut off, short", "ill-formed"]
+        assert row[-4:] == ["0.0%", "0.0%", "0.0%", ""]
 
 
 def test_each_difference_is_a_row() -> None:
@@ -194,7 +219,7 @@ def test_each_difference_is_a_row() -> None:
     assert rows(table) == [
         ["", "right", "95% interval", "tokens", "95% interval", "AES", "95% interval", "problems"],
         [
-            "together", "+50.0%", "+50.0% to +50.0%", "-147.5", "-147.5 to -147.5", "+3.74", "+3.74 to +3.74", "1",
+            "together", "+50.0%", "-69.0% to +89.7%", "-147.5", "-147.5 to -147.5", "+3.74", "+3.74 to +3.74", "1",
         ],
         ["never", "+10.0%", "-5.0% to +25.0%", "-3.0", "-5.0 to -1.0", "", "", "7"],
     ]  # fmt: skip

@@ -25,6 +25,7 @@ EPISODES = [
 
 def test_every_field_comes_back_through_datasets(tmp_path: Path) -> None:
     with EpisodeStore(tmp_path / "run", {"seed": 0}) as store:
+        store.append(Episode(Transcript(PROBLEM), 0, 2**62, error="TimeoutError: "))  # and was played again
         for episode in EPISODES:
             store.append(episode)
     assert export_parquet(tmp_path / "run", tmp_path / "episodes.parquet") == 2

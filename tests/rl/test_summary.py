@@ -1,5 +1,7 @@
 import json
+from itertools import count
 
+import numpy as np
 import orjson
 import pytest
 
@@ -7,15 +9,28 @@ from turnwise.environments.environment import Grade, Outcome
 from turnwise.environments.episode import Episode
 from turnwise.environments.problem import Problem
 from turnwise.environments.transcript import Reply, Step, Transcript
-from turnwise.rl.summary import Summary, accuracy_efficiency_score, by_level, record, summarise, wilson
+from turnwise.rl.summary import (
+    Summary,
+    accuracy_efficiency_score,
+    by_level,
+    over_problems,
+    record,
+    summarise,
+    wilson,
+)
+
+NUMBERS = count()
 
 
 def step(seat: str, tokens: int, *, stop: str | None = None, prefill: str = "") -> Step:
     return Step(seat, "state", Reply("text", tokens, "stop" if stop else "end", stop), prefill)
 
 
-def episode(*steps: Step, outcome: Outcome | None = Outcome.RIGHT, level: int = 1) -> Episode:
-    transcript = Transcript(Problem("p", "1 + 1?", "2", level=level), steps)
+def episode(
+    *steps: Step, outcome: Outcome | None = Outcome.RIGHT, level: int = 1, problem: str | None = None
+) -> Episode:
+    """One of a problem of its own, unless one is named."""
+    transcript = Transcript(Problem(problem or f"p{next(NUMBERS)}", "1 + 1?", "2", level=level), steps)
     return Episode(transcript, 0, 0, Grade(outcome) if outcome else None, None if outcome else "KeyError: 'x'")
 
 
@@ -51,6 +66,44 @@ class TestWilson:
         assert wilson(8, 10, z=1.644854) == pytest.approx((0.5408, 0.9314), abs=5e-5)
 
 
+def sampled(*rights: tuple[int, int]) -> list[Episode]:
+    """Of each problem so many samples, of which so many are right."""
+    return [
+        episode(problem=f"p{problem}", outcome=Outcome.RIGHT if sample < right else Outcome.WRONG)
+        for problem, (samples, right) in enumerate(rights)
+        for sample in range(samples)
+    ]
+
+
+class TestOverProblems:
+    def test_of_one_sample_each_it_is_wilsons(self) -> None:
+        assert over_problems(sampled((1, 1), (1, 0), (1, 1))) == wilson(2, 3)
+
+    def test_samples_that_agree_tell_no_more_than_one(self) -> None:
+        # s² = 0.25 / (G − 1), so that n = G − 1.
+        assert over_problems(sampled(*[(8, 8), (8, 0)] * 24)) == pytest.approx(wilson(23.5, 47))
+        assert over_problems(sampled(*[(8, 8)] * 48)) == wilson(48, 48)
+        assert over_problems(sampled((8, 3))) == pytest.approx(wilson(3 / 8, 1))
+
+    def test_by_hand(self) -> None:
+        # p = 6/10, and s² = 3/2 · (0.2² · 0.6² + 0.4² · 0.4² + 0.4² · 0.1²) = 0.0624
+        trials = 0.24 / 0.0624
+        assert over_problems(sampled((2, 0), (4, 4), (4, 2))) == pytest.approx(wilson(0.6 * trials, trials))
+        # s² = 3/2 · (0.1² · 0.6² + 0.4² · 0.15²) = 0.01: as of 24, but no more than 10 were drawn.
+        assert over_problems(sampled((1, 0), (4, 3), (5, 3))) == pytest.approx(wilson(6, 10))
+
+    def test_it_covers_the_truth_as_often_as_it_says(self) -> None:
+        rng = np.random.default_rng(0)
+        found = []
+        for _ in range(250):
+            rights = rng.binomial(8, rng.beta(0.5, 0.5, size=20)).tolist()
+            low, high = over_problems(sampled(*((8, right) for right in rights)))
+            found.append((low <= 0.5 <= high, wilson(sum(rights), 160)[0] <= 0.5 <= wilson(sum(rights), 160)[1]))
+        hits, naive = np.mean(found, axis=0)
+        assert 0.92 <= hits <= 0.98
+        assert naive < 0.75
+
+
 class TestAccuracyEfficiencyScore:  # the papers' own are in tests/analysis/test_papers.py
     @pytest.mark.parametrize(
         ("accuracy", "tokens", "score"),
@@ -67,6 +120,13 @@ class TestAccuracyEfficiencyScore:  # the papers' own are in tests/analysis/test
     def test_by_hand(self, accuracy: float, tokens: float, score: float) -> None:
         got = accuracy_efficiency_score(accuracy, tokens, base_accuracy=0.5, base_tokens=100)
         assert got == pytest.approx(score)
+        arrays = accuracy_efficiency_score(
+            np.array([accuracy]),
+            np.array([float(tokens)]),
+            base_accuracy=np.array([0.5]),
+            base_tokens=np.array([100.0]),
+        )
+        assert arrays.tolist() == [got]
 
 
 class TestSummary:

@@ -65,14 +65,17 @@ def audit(
 
 @app.command("contribution")
 def tell_contribution(
-    run: Annotated[Path, typer.Argument(help="The folder of a run's episodes.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a run's episodes, or one that holds a single run.")],
     protocol: Annotated[str, typer.Option(help="The run's own: its name, or FILE.py:NAME.")] = "longshort",
     seat: Annotated[list[str] | None, typer.Option(help="Whose contribution; by default each seat's.")] = None,
     instead: Annotated[
-        str, typer.Option("--with", help="Who is in the seat instead: ablated (nobody), or a model or checkpoint.")
+        str,
+        typer.Option("--with", help="Who is in the seat instead: ablated (nobody), or who --model could name."),
     ] = "ablated",
     says: Annotated[str, typer.Option(help='What an ablated seat says, such as "<think></think>".')] = "",
-    model: Annotated[list[str] | None, typer.Option(help="SEAT=MODEL; by default as the run's run.json says.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="SEAT=MODEL, as play's --seat; by default as run.json says.")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="The run's budget of each turn, if not the protocol's.")
     ] = None,
@@ -81,8 +84,10 @@ def tell_contribution(
     url: Annotated[
         list[str] | None, typer.Option(help="A server's base URL, or SEAT=URL; --with's is with=URL.")
     ] = None,
+    key_variable: Annotated[str, typer.Option(help="The environment variable that holds the server's key.")] = "",
     device: Annotated[str, typer.Option(help="Of transformers.")] = "cpu",
     cache_gigabytes: Annotated[float, typer.Option(help="What each vLLM engine takes beside its weights.")] = 1.0,
+    context: Annotated[int | None, typer.Option(help="Of vLLM; else the model's own.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for what is played; a stopped command goes on there. RUN-contribution.")
     ] = None,
@@ -93,43 +98,49 @@ def tell_contribution(
     Only what the change can reach is played. Prints accuracy and tokens with and without the seat, 95% intervals of
     the differences over problems, and an alarm for a lazy seat.
 
-    turnwise contribution runs/first/long⊗short --seat long --with ablated --says "<think></think>"
+    turnwise contribution runs/both --seat long --with ablated --says "<think></think>"
 
-    turnwise contribution runs/first/long⊗short --seat long --with runs/train_longshort/policies/long/r1
+    turnwise contribution runs/first/long⊗short --max-tokens 512 --seat long --with tiny-novice
     """
     from dataclasses import asdict
 
     import orjson
     from rich.console import Console
-    from rich.markup import escape
 
-    from turnwise.agents.team import open_team
     from turnwise.analysis.contribution import ABLATED, ablated
     from turnwise.analysis.tables import contributions
-    from turnwise.environments.math_grader import MathGrader
-    from turnwise.named import models_of, open_protocol, stored_episodes
+    from turnwise.environments.errors import InputError
+    from turnwise.named import Sampling, models_of, open_protocol, seated, store_in, stored_episodes
     from turnwise.rl.run_folder import read_run
-    from turnwise.show import contribution_shown
+    from turnwise.show import contribution_shown, open_grader
 
     played_by = open_protocol(protocol, max_tokens=max_tokens)
-    episodes, described = stored_episodes(run), read_run(run)
+    store = store_in(run)
+    episodes, described = stored_episodes(store), read_run(store)
+    known = str(described.get("protocol", ""))
+    # Its last word is the hash; the class before it is another where budgets were set. A training run pays a reward of
+    # its own, which no name here has.
+    if known and "step" not in described and known.split()[-1] != played_by.fingerprint.split()[-1]:
+        raise InputError(
+            f"{store} was played by {known}, and {protocol} with these budgets is {played_by.fingerprint}: give the "
+            "run's own --protocol and --max-tokens"
+        )
     seats = seat or list(played_by.seats)
     silent = instead == ABLATED
     # A lone silent seat needs no model.
     needed = [other for other in played_by.seats if seats != [other]]
     models = models_of(needed, model or (), described) | ({} if silent else {"with": instead})
     heat = float(described.get("temperature", 1)) if temperature is None else temperature
-    served = open_team(
-        models, engine=engine, temperature=heat, device=device, urls=url or (), cache_gigabytes=cache_gigabytes
-    )
+    sampling = Sampling(engine, heat, device, tuple(url or ()), key_variable, cache_gigabytes, context)
+    settings = {f"seat {other}": who for other, who in models.items()} | {"engine": engine, "temperature": heat}
     folder = output or run.resolve().with_name(f"{run.resolve().name}-contribution")
-    with MathGrader() as grader, served as team:
+    with open_grader(str(described.get("answer_marker", "")) or None) as grader, seated(models, sampling) as team:
         in_seat = ablated(says) if silent else team.pop("with")
         name = f"{ABLATED} {says}".strip() if silent else instead
         found = [
             contribution_shown(
                 played_by, team, grader, episodes, one, (name, in_seat), Console(stderr=True),
-                folder=folder, run=described,
+                folder=folder, run=described, settings=settings,
             )
             for one in seats
         ]  # fmt: skip
@@ -138,7 +149,7 @@ def tell_contribution(
         return
     console = Console()
     title = f"{found[0].episodes} episodes of {run.name}, with {name} in each seat"
-    console.print(contributions(found, title=escape(title)))
+    console.print(contributions(found, title=title))
     for alarm in (alarm for one in found for alarm in one.alarms):
         console.print(alarm, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
@@ -153,7 +164,7 @@ def control(
     """Holds a team against a lone agent with the same tokens, reckoned from stored samples.
 
     The lone agent is cut short where its tokens are those of the team, or votes (self-consistency) as often as they
-    allow.
+    allow. Intervals of 95% are over problems.
 
     turnwise control runs/first/long⊗short --alone runs/first/long-alone --plot control.png
     """
@@ -178,34 +189,35 @@ def control(
         typer.echo(orjson.dumps(asdict(found), option=orjson.OPT_NON_STR_KEYS | orjson.OPT_INDENT_2))
         return
     held = {f"{alone.name}, {name}": one for name, one in found.same_tokens.items()}
-    Console().print(equal_tokens({run.name: found.team, **held}))
+    gains = {f"{alone.name}, {name}": gain for name, gain in found.gains.items()}
+    Console().print(equal_tokens({run.name: found.team, **held}, gains))
 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="The folder of a run's episodes.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a run's episodes, or one that holds a single run.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; of Inspect's it ends in .json.")],
     to: Annotated[Literal["inspect", "parquet"], typer.Option(help="A log of Inspect's, or a Parquet file.")],
 ) -> None:
     """Writes a run's episodes as a log for inspect view, or as a Parquet file for pandas, DuckDB and the like.
 
-    turnwise export runs/first --to inspect -o logs/first.json && inspect view --log-dir logs
+    turnwise export runs/both --to inspect -o logs/both.json && inspect view --log-dir logs
     """
     from turnwise.environments.errors import InputError
-    from turnwise.named import store_file
+    from turnwise.named import store_in
 
-    store_file(run)
+    store = store_in(run)
     if to == "inspect":
         from turnwise.analysis.inspect_log import export_inspect
 
-        number = export_inspect(run, output)
+        number = export_inspect(store, output)
     else:
         try:
             from turnwise.rl.parquet import export_parquet
         except ModuleNotFoundError as error:
             raise InputError(f"Parquet needs the package {error.name}: pip install 'turnwise[data]'") from None
 
-        number = export_parquet(run, output)
+        number = export_parquet(store, output)
     typer.echo(f"{number} episodes are in {output}")
 
 
@@ -213,6 +225,7 @@ def export(
 def read_chats(
     file: Annotated[Path, typer.Argument(help='JSONL, a chat a line: {"messages": [{"role", "content"}]}.')],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the run that they become.")],
+    messages_column: Annotated[str, typer.Option(help="Where a line has the chat.")] = "messages",
     answer_column: Annotated[str, typer.Option(help="Where a line has the gold answer, if it does.")] = "answer",
     problem_column: Annotated[
         str, typer.Option(help="Where it has the problem; else what comes first is.")
@@ -236,7 +249,7 @@ def read_chats(
     from turnwise.environments.answers import last_boxed, last_marked
     from turnwise.environments.math_grader import MathGrader
 
-    columns = ChatColumns(id=id_column, problem=problem_column, answer=answer_column)
+    columns = ChatColumns(messages=messages_column, id=id_column, problem=problem_column, answer=answer_column)
     with MathGrader(extract=partial(last_marked, marker=marker) if marker else last_boxed) as grader:
         found = import_chats(file, output, grader, columns=columns)
     told = f"{found.chats} chats are in {output}; {found.graded} graded, {found.right} of them right"

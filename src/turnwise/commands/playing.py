@@ -182,14 +182,13 @@ def evaluate(
         raise InputError("--seed goes with --seat, and --tokenizer with --solutions; leave it out")
     played = open_protocol(protocol, max_tokens=max_tokens)
     named = seats_named(played, seat) if seat else {}
-    tokens, console = "sampled tokens", Console(stderr=as_json)
+    console = Console(stderr=as_json)
     with ExitStack() as opened:
         environment = open_environment(
             problems, opened.enter_context(open_grader(answer_marker)), number=number, seed=0
         )
         if solutions is not None:
             entries = solution_entries(solutions, environment, played, samples=samples, tokenizer=tokenizer)
-            tokens = f"of {tokenizer} in the stored texts" if tokenizer else "words of the stored texts"
         elif replay is not None:
             environment, entries = replayed_entry(replay, environment, played, samples=samples)
         else:
@@ -203,7 +202,6 @@ def evaluate(
             console,
             baseline=baseline,
             output=output,
-            tokens=tokens,
             answer_marker=answer_marker or "",
         )
     if as_json:
