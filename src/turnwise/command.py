@@ -20,7 +20,7 @@ C = TypeVar("C", bound=BaseModel)
 
 EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "jaxtyping", "pydantic_settings", "tensorboard"), "train"),
-    "datasets": "data", "matplotlib": "plots", "json_repair": "cold-start",
+    "datasets": "data", "pyarrow": "data", "matplotlib": "plots", "json_repair": "cold-start",
 }  # fmt: skip
 """The extra of turnwise with which a package comes, and with it all else that the same commands import."""
 

@@ -203,7 +203,6 @@ def export(
 
     turnwise export runs/both --to inspect -o logs/both.json && inspect view --log-dir logs
     """
-    from turnwise.environments.errors import InputError
     from turnwise.named import store_in
 
     store = store_in(run)
@@ -212,10 +211,7 @@ def export(
 
         number = export_inspect(store, output)
     else:
-        try:
-            from turnwise.rl.parquet import export_parquet
-        except ModuleNotFoundError as error:
-            raise InputError(f"Parquet needs the package {error.name}: pip install 'turnwise[data]'") from None
+        from turnwise.rl.parquet import export_parquet
 
         number = export_parquet(store, output)
     typer.echo(f"{number} episodes are in {output}")
