@@ -107,10 +107,11 @@ def test_a_death_that_is_seen_before_the_call_was_heard_of(
 ) -> None:
     def begun_with_late_news() -> None:
         assert pool._pool
-        workers, died = pool._pool._pool_manager.worker_manager, threading.Event()
+        workers, reads, died = pool._pool._pool_manager.worker_manager, threading.Event(), threading.Event()
         receive, create = workers.receive, workers.create_workers
 
         def after_a_death(timeout: float) -> object:
+            reads.set()
             died.wait(600)
             return receive(timeout)
 
@@ -121,6 +122,7 @@ def test_a_death_that_is_seen_before_the_call_was_heard_of(
 
         monkeypatch.setattr(workers, "receive", after_a_death)
         monkeypatch.setattr(workers, "create_workers", created)
+        reads.wait(600)
 
     async def play() -> None:
         await pool.call(abs, 1)
