@@ -500,7 +500,7 @@ def test_kill_9_draws_nothing_twice_and_changes_nothing(tmp_path: Path, options:
     assert found == sorted(found)
     assert len(set(found)) > 2, f"runs went on from {found} continuations"
     process = start(folder, *options)
-    _, complaint = process.communicate(timeout=60)
+    _, complaint = process.communicate(timeout=600)
     assert process.returncode == 0, complaint
     assert drawn(folder) == whole
     assert results(folder, CHAINS) == results(tmp_path / "whole", CHAINS)
