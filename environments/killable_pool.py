@@ -1,8 +1,10 @@
 """Calls in worker processes that are killed when they take too long, in C code as in Python."""
 
 import asyncio
+import contextlib
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -11,11 +13,13 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import ParamSpec, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
+from pebble.pool.process import PoolManager
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _ATTEMPTS = 3
+_WAITING = 10  # a call may take so many times as long as it may compute
 
 # A spawned process imports the main module of its parent once more, which starts a script without a `__main__` guard
 # all over again. Our workers need nothing from there, and the standard library has no switch for it: the one function
@@ -47,8 +51,34 @@ class _WorkerContext(SpawnContext):
     Process = _WorkerProcess
 
 
+class _Manager(PoolManager):
+    """Reads all that a worker has sent before it acts on its death; pebble itself does so in two threads that race.
+
+    Where the death is seen first, pebble knows of no call that the worker had begun, and lets it wait for ever.
+    """
+
+    def __init__(self, pool: ProcessPool, context: SpawnContext) -> None:
+        super().__init__(pool._context, context)
+        self._died = deque[tuple[int, int]]()
+
+    def handle_worker_expiration(self, expiration: tuple[int, int]) -> None:
+        self._died.append(expiration)
+
+    def process_next_message(self, timeout: float) -> None:
+        for _ in range(len(self._died)):
+            expiration = self._died.popleft()
+            with contextlib.suppress(OSError):  # closed
+                while self.worker_manager.pool_channel.poll(0):  # type: ignore[union-attr]
+                    super().process_next_message(0)
+            super().handle_worker_expiration(expiration)
+        super().process_next_message(timeout)
+
+
 class KillablePool:
     """`workers` processes, each killed when one call takes it longer than `seconds`, and replaced at once.
+
+    The seconds are of the CPU time of the worker, so that a call ends alike however busy the machine is. A call that
+    only waits is killed after ten times as long.
 
     The workers are spawned, not forked, so threads in this process (torch, asyncio) are safe. They start with the first
     call, each calls `prepare` once before its calls, and none imports the main module: a script needs no
@@ -84,7 +114,7 @@ class KillablePool:
                 # Shielded, since pebble answers the cancellation of a running call by killing the worker.
                 return await asyncio.shield(asyncio.wrap_future(future))
             except ProcessExpired as death:
-                if death.exitcode == -signal.SIGALRM:
+                if death.exitcode in (-signal.SIGPROF, -signal.SIGALRM):
                     raise TimeoutError(f"killed after {self._seconds:g} seconds") from death
                 raise
             except BrokenProcessPool:
@@ -95,18 +125,20 @@ class KillablePool:
         """End the workers; calls that still wait are cancelled. A later call starts new workers."""
         with self._lock:
             pool, self._pool = self._pool, None
+        for future in tuple(self._pending):  # before they hear that their pool is broken, and try another
+            future.cancel()
         if pool is not None:
             pool.stop()  # type: ignore[no-untyped-call]
             pool.join()
-        for future in tuple(self._pending):
-            future.cancel()
 
     def _running_pool(self) -> ProcessPool:
         with self._lock:
             if self._pool is None:
+                context = _WorkerContext()
                 self._pool = ProcessPool(
-                    self._workers, initializer=_initialize, initargs=(self._prepare,), context=_WorkerContext()
+                    self._workers, initializer=_initialize, initargs=(self._prepare,), context=context
                 )
+                self._pool._pool_manager = _Manager(self._pool, context)
             return self._pool
 
     def _discard(self, pool: ProcessPool) -> None:
@@ -119,7 +151,8 @@ class KillablePool:
 
 
 def _initialize(prepare: Callable[[], None]) -> None:
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for ended in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(ended, signal.SIG_DFL)
     prepare()
 
 
@@ -127,8 +160,10 @@ def _limited(
     seconds: float, function: Callable[..., T], arguments: tuple[object, ...], keywords: dict[str, object]
 ) -> T:
     # The kernel ends the worker: at once, in C code as well, and even where the parent process is gone.
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, _WAITING * seconds)
     try:
         return function(*arguments, **keywords)
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -19,8 +19,9 @@ class MathGrader(Grader):
 
     An answer is UNPARSABLE where there is none, where it is longer than `equivalence.MAX_LENGTH`, where its braces do
     not pair up, and where math-verify cannot read the whole of it; a part that happens to be right counts for nothing.
-    It has TIMED_OUT after `seconds` in a worker. Units, a percent sign and the base of a number may be left out, and
-    decimals are equal where they are so to six places, as math-verify has it.
+    It has TIMED_OUT after `seconds` of a worker's CPU time, so that a busy machine changes no grade. Units, a percent
+    sign and the base of a number may be left out, and decimals are equal where they are so to six places, as
+    math-verify has it.
 
     For a problem with choices, the answer is the letter of a choice or its text.
 

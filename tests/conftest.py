@@ -9,6 +9,15 @@ from subprocess import CompletedProcess
 import pytest
 from jaxtyping import install_import_hook
 
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # the virtual environments of vLLM and of OpenRLHF are without it, and so are their tests
+    pass
+else:
+    # No example takes too long: how long they take is the machine's.
+    settings.register_profile("turnwise", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("turnwise")
+
 CHECKED = ("turnwise.rl.advantage", "turnwise.rl.batch", "turnwise.rl.loss")
 
 # Each process of the tests reads this file before any of their modules; what was imported earlier would go unchecked.

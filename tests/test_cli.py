@@ -42,7 +42,7 @@ def turnwise(*arguments: str | Path, folder: Path) -> "subprocess.CompletedProce
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "COLUMNS": "160"}
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "turnwise", *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, env=environment, cwd=folder, check=False,
+        capture_output=True, text=True, timeout=600, env=environment, cwd=folder, check=False,
     )  # fmt: skip
 
 

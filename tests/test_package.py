@@ -20,7 +20,7 @@ def loaded_by(statement: str) -> set[str]:
     """The names of the modules that a fresh interpreter has loaded after the statement."""
     command = [sys.executable, "-W", "error", "-c", f"{statement}\nimport sys\nprint(*sys.modules)"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=True)
     return set(done.stdout.split())
 
 

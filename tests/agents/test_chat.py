@@ -101,7 +101,7 @@ HEARD = st.builds(Message, st.sampled_from(["user", "system"]), TEXT)
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_later_prompt_begins_with_the_earlier_prompt_and_reply(
     template: ChatTemplate, tokenizer: PreTrainedTokenizerFast, data: st.DataObject
 ) -> None:

@@ -498,6 +498,6 @@ def test_input_that_cannot_be_used(stores: Path, tmp_path: Path, command: Comman
 
 def test_it_is_a_module_to_be_run(tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "turnwise.analysis.audit", str(tmp_path)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

@@ -155,12 +155,13 @@ PIECES = [
 
 @pytest.mark.parametrize("piece", PIECES)
 @pytest.mark.parametrize(
-    "function", [last_boxed, last_marked, without_annotations, balanced, choice_letter, letter_of, partial(last_marked)]
+    "function",
+    [last_boxed, last_marked, partial(last_marked, marker="A:"), without_annotations, balanced, choice_letter, letter_of],
 )
 def test_hostile_texts_take_linear_time(function: object, piece: str) -> None:
     assert callable(function)
     text = piece * (200_000 // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     function(text)
     function(f"\\boxed{{{text}")
-    assert time.perf_counter() - start < 3  # quadratic time would be minutes
+    assert time.process_time() - start < 20  # quadratic time would be minutes

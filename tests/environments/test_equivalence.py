@@ -1,8 +1,7 @@
-import time
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from turnwise.environments.environment import Outcome
@@ -126,12 +125,6 @@ def test_unparsable(gold: str, answer: str) -> None:
     assert judge(gold, answer) is Outcome.UNPARSABLE
 
 
-def test_oversized_answers_are_refused_at_once() -> None:
-    start = time.perf_counter()
-    assert decide("3", "3" * 200_000) is Outcome.UNPARSABLE
-    assert time.perf_counter() - start < 0.1
-
-
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -162,7 +155,6 @@ def test_integers_are_decided_without_algebra(gold: int, answer: int) -> None:
     assert decide(str(gold), f"{answer:,}") is expected
 
 
-@settings(deadline=None)
 @given(st.fractions(max_denominator=50), st.fractions(max_denominator=50))
 def test_fractions_are_right_where_they_are_equal(gold: Fraction, answer: Fraction) -> None:
     texts = [rf"\frac{{{value.numerator}}}{{{value.denominator}}}" for value in (gold, answer)]

@@ -1,6 +1,6 @@
 import asyncio
 import json
-import time
+import os
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from turnwise.environments.answers import last_marked
+from turnwise.environments.answers import last_boxed, last_marked
 from turnwise.environments.environment import Grade, Outcome
 from turnwise.environments.math_grader import MathGrader
 from turnwise.environments.problem import Problem
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-SECONDS = 2.5
+SECONDS = 0.5  # of CPU time, on which no machine is done with the hostile ones
 TOWER = r"\boxed{9^{9^{9^{9}}}}"
 
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[MathGrader]:
-    with MathGrader(workers=2, seconds=SECONDS) as grader:
+    with MathGrader(workers=2, seconds=600) as grader:
         yield grader
 
 
@@ -44,7 +44,6 @@ def grade(grader: MathGrader, problem: Problem, text: str) -> Grade:
         ("18", r"\boxed{18", Grade(Outcome.UNPARSABLE, None)),
         ("18", "18", Grade(Outcome.UNPARSABLE, None)),
         ("18", "", Grade(Outcome.UNPARSABLE, None)),
-        ("18", TOWER, Grade(Outcome.TIMED_OUT, "9^{9^{9^{9}}}")),
     ],
 )
 def test_grades(grader: MathGrader, gold: str, text: str, expected: Grade) -> None:
@@ -62,9 +61,9 @@ HOSTILE = [
     ("{" * 200_000 + "\\boxed{5}" + "}" * 100_000 + "\\boxed{?}", UNPARSABLE),
     ("\\boxed{" + "{" * 900 + "5" + "}" * 900 + "}", EITHER),
     ("\\boxed{" + "(" * 900 + "5" + ")" * 900 + "}", EITHER),
-    ("\\boxed{" + r"\frac{1}{" * 200 + "5" + "}" * 200 + "}", EITHER),
-    ("\\boxed{" + r"\begin{pmatrix}" * 100 + "}", EITHER),
-    ("\\boxed{" + "5\\%" * 600 + "}", {Outcome.WRONG, Outcome.TIMED_OUT}),  # as fast as the machine is
+    ("\\boxed{" + r"\frac{1}{" * 200 + "5" + "}" * 200 + "}", UNPARSABLE),
+    ("\\boxed{" + r"\begin{pmatrix}" * 100 + "}", UNPARSABLE),
+    ("\\boxed{" + "5\\%" * 600 + "}", {Outcome.WRONG}),
     ("\\boxed{" + "$" * 1999 + "}", UNPARSABLE),
     ("\\boxed{5\0}", UNPARSABLE),
     ("\\boxed{5\ud800}", UNPARSABLE),
@@ -73,53 +72,50 @@ HOSTILE = [
 ]
 
 
-def test_hostile_answers_end_in_time_and_delay_nobody(grader: MathGrader) -> None:
-    async def timed(gold: str, text: str) -> tuple[Grade, float]:
-        start = time.perf_counter()
-        return await grader.grade(problem(gold), text), time.perf_counter() - start
+def test_hostile_answers_are_told_from_others() -> None:
+    async def play(text: str, outcomes: set[Outcome]) -> list[Grade]:
+        grader._pool._seconds = SECONDS if Outcome.TIMED_OUT in outcomes else 600
+        hostile = asyncio.create_task(grader.grade(problem("4"), text))
+        await asyncio.sleep(0)  # it has its limit
+        grader._pool._seconds = 600
+        others = (grader.grade(problem("2x"), rf"\boxed{{x+x+{number}-{number}}}") for number in range(20))
+        return await asyncio.gather(hostile, *others)
 
-    async def one_among_others(text: str) -> tuple[tuple[Grade, float], list[tuple[Grade, float]]]:
-        others = [timed("2x", rf"\boxed{{x+x+{number}-{number}}}") for number in range(20)]
-        hostile, *rest = await asyncio.gather(timed("4", text), *others)
-        return hostile, list(rest)
-
-    asyncio.run(timed("x", r"\boxed{y}"))  # the workers are there
-    for text, outcomes in HOSTILE:
-        (found, seconds), others = asyncio.run(one_among_others(text))
-        assert found.outcome in outcomes, text[:50]
-        assert seconds < SECONDS + 2, text[:50]
-        assert {other.outcome for other, _ in others} == {Outcome.RIGHT}, text[:50]
+    with MathGrader(workers=2) as grader:
+        for text, outcomes in HOSTILE:
+            hostile, *others = asyncio.run(play(text, outcomes))
+            assert hostile.outcome in outcomes, text[:50]
+            assert hostile.answer == last_boxed(text), text[:50]
+            assert {other.outcome for other in others} == {Outcome.RIGHT}, text[:50]
 
 
-def test_others_are_graded_while_one_is_stuck(grader: MathGrader) -> None:
-    ended = list[str]()
-
-    async def grade(name: str, answer: str, text: str) -> Grade:
-        grade = await grader.grade(problem(answer), text)
-        ended.append(name)
-        return grade
+def test_others_are_graded_while_one_is_stuck(grader: MathGrader, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
 
     async def play() -> list[Grade]:
-        texts = [rf"\boxed{{\frac{{{number}}}{{7}}}}" for number in range(60)]
-        return await asyncio.gather(grade("stuck", "1", TOWER), *(grade("", r"\frac{3}{7}", text) for text in texts))
+        stuck = asyncio.create_task(grader._pool.call(Path.read_bytes, tmp_path / "fifo"))
+        with await asyncio.to_thread((tmp_path / "fifo").open, "wb"):
+            texts = [rf"\boxed{{\frac{{{number}}}{{7}}}}" for number in range(60)]
+            others = await asyncio.gather(*(grader.grade(problem(r"\frac{3}{7}"), text) for text in texts))
+            assert not stuck.done()
+        assert await stuck == b""
+        return others
 
-    stuck, *others = asyncio.run(play())
-    assert [other.right for other in others] == [number == 3 for number in range(60)]
-    assert ended.index("stuck") >= 10  # all 60, on a machine with nothing else to do
-    assert stuck.outcome is Outcome.TIMED_OUT
+    assert [other.right for other in asyncio.run(play())] == [number == 3 for number in range(60)]
 
 
-def test_a_cancelled_grade_leaves_the_grader_usable(grader: MathGrader) -> None:
+def test_a_cancelled_grade_leaves_the_grader_usable() -> None:
     async def play() -> Grade:
-        tasks = [asyncio.create_task(grader.grade(problem("1"), TOWER)) for _ in range(2)]
-        await asyncio.sleep(0.1)
-        for task in tasks:
-            task.cancel()
+        task = asyncio.create_task(grader.grade(problem("1"), TOWER))
+        await asyncio.sleep(0)
+        task.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await tasks[0]
-        return await asyncio.wait_for(grader.grade(problem("2x"), r"\boxed{x+x}"), 2 * SECONDS + 3)
+            await task
+        grader._pool._seconds = 600
+        return await grader.grade(problem("2x"), r"\boxed{x+x}")
 
-    assert asyncio.run(play()) == Grade(Outcome.RIGHT, "x+x")
+    with MathGrader(workers=1, seconds=SECONDS) as grader:
+        assert asyncio.run(play()) == Grade(Outcome.RIGHT, "x+x")
 
 
 def test_another_extraction() -> None:
@@ -196,23 +192,21 @@ def test_gsm8k_model_solutions_are_graded_as_published() -> None:
     assert graded == expected
 
 
-def test_math_500_reference_solutions_are_right() -> None:
+def test_math_500_reference_solutions_are_right(grader: MathGrader) -> None:
     async def play() -> list[Grade]:
         items = [json.loads(line) for line in lines("math500_test.jsonl")]
-        with MathGrader() as grader:
-            return await asyncio.gather(*(grader.grade(problem(item["answer"]), item["solution"]) for item in items))
+        return await asyncio.gather(*(grader.grade(problem(item["answer"]), item["solution"]) for item in items))
 
     grades = asyncio.run(play())
     assert len(grades) == 500
     assert all(grade.right for grade in grades)
 
 
-def test_no_answer_of_math_500_passes_for_the_next() -> None:
+def test_no_answer_of_math_500_passes_for_the_next(grader: MathGrader) -> None:
     pairs = list(pairwise(sorted({json.loads(line)["answer"] for line in lines("math500_test.jsonl")})))
 
     async def play() -> list[Grade]:
-        with MathGrader() as grader:
-            return await asyncio.gather(*(grader.grade(problem(a), f"\\boxed{{{b}}}") for a, b in pairs))
+        return await asyncio.gather(*(grader.grade(problem(a), f"\\boxed{{{b}}}") for a, b in pairs))
 
     right = [pair for pair, grade in zip(pairs, asyncio.run(play()), strict=True) if grade.right]
     assert right == [("120", r"120^\circ"), ("15", r"15\mbox{ cm}^2"), ("30", r"30^\circ"), ("36", r"36^\circ")]

@@ -63,7 +63,7 @@ scripts = st.lists(texts, min_size=1, max_size=6)
 outcomes = st.sampled_from(Outcome)
 
 contract = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
-quickly = settings(max_examples=50, deadline=None)
+quickly = settings(max_examples=50)
 
 
 class GivenGrade(Grader):

@@ -193,7 +193,7 @@ def test_kill_9_loses_nothing(tmp_path: Path) -> None:
     assert found == sorted(found)
 
     process = start(tmp_path / "run", 2000)
-    _, complaint = process.communicate(timeout=60)
+    _, complaint = process.communicate(timeout=600)
     assert process.returncode == 0, complaint
     lines = (tmp_path / "run" / "episodes.jsonl").read_bytes().splitlines(keepends=True)
     assert all(line.endswith(b"\n") for line in lines)
@@ -249,7 +249,7 @@ def test_a_line_of_something_else_is_named(tmp_path: Path) -> None:
 def test_a_full_disk_keeps_whole_lines_and_the_run_resumes(tmp_path: Path) -> None:
     path = tmp_path / "run" / "episodes.jsonl"
     process = start(tmp_path / "run", 200, 100_000)
-    _, complaint = process.communicate(timeout=60)
+    _, complaint = process.communicate(timeout=600)
     lines = path.read_bytes().splitlines(keepends=True)
     assert 1 < len(lines) < 200
     assert lines[-1].endswith(b"\n")
@@ -259,7 +259,7 @@ def test_a_full_disk_keeps_whole_lines_and_the_run_resumes(tmp_path: Path) -> No
     assert complaint.startswith(expected)
 
     process = start(tmp_path / "run", 200)
-    found, complaint = process.communicate(timeout=60)
+    found, complaint = process.communicate(timeout=600)
     assert process.returncode == 0, complaint
     assert int(found) == len(lines)
     assert Counter(each.id for each in read_episodes(path)) == {f"p{n}#0": 1 for n in range(200)}

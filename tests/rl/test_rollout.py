@@ -84,7 +84,7 @@ async def collect(
     seed: int = 0,
     concurrency: int = 64,
 ) -> list[Episode]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(600):
         stream = rollout(protocol, team, environment, samples=samples, seed=seed, concurrency=concurrency)
         return [episode async for episode in stream]
 
@@ -115,12 +115,15 @@ def test_another_seed_another_result() -> None:
 
 def test_simultaneous_turns_keep_the_order_of_the_protocol() -> None:
     arrived, seeds = list[str](), list[int]()
-    waits = {"a": 0.03, "b": 0.02, "c": 0.0, "judge": 0.0}
+    spoken, waits_for = {seat: asyncio.Event() for seat in ("a", "b", "c")}, {"a": "b", "b": "c"}
 
     async def say(turn: Turn, seed: int) -> str:
         seeds.append(seed)
-        await asyncio.sleep(waits[turn.seat])
+        if turn.seat in waits_for:
+            await spoken[waits_for[turn.seat]].wait()
         arrived.append(turn.seat)
+        if turn.seat in spoken:
+            spoken[turn.seat].set()
         return turn.seat
 
     protocol = Debate(("a", "b", "c"), rounds=1)
@@ -182,7 +185,8 @@ def test_an_exception_of_the_grader_is_recorded_with_the_whole_transcript() -> N
 
 def test_an_exception_calls_the_simultaneous_turns_off() -> None:
     async def say(turn: Turn, seed: int) -> str:
-        await asyncio.sleep(0 if turn.seat == "a" else 60)
+        if turn.seat != "a":
+            await asyncio.Event().wait()
         raise RuntimeError(f"{turn.seat} failed")
 
     async def scenario() -> tuple[Episode, set["asyncio.Task[object]"]]:
@@ -213,7 +217,7 @@ def test_input_error_stops_the_run_where_the_consumer_has_let_the_queue_fill() -
     seen = list[str]()
 
     async def scenario() -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(600):
             team: Team = {"solver": failing_on(9, error=InputError)}
             async for episode in rollout(Solo(), team, environment(50), concurrency=2):
                 seen.append(episode.id)
@@ -267,13 +271,25 @@ def test_nothing_to_play(samples: int, concurrency: int) -> None:
 # A consumer that leaves
 
 
-@pytest.mark.parametrize("pause", [0.0, 0.01], ids=["at once", "with a full queue"])
-def test_a_consumer_that_leaves_early_leaves_no_task(pause: float) -> None:
+@pytest.mark.parametrize("replies", [0, 1 + 8 + 8], ids=["at once", "with a full queue"])
+def test_a_consumer_that_leaves_early_leaves_no_task(replies: int) -> None:
+    """Of so many replies one was consumed, and at most 8 are on their way into a queue of 8."""
+    said, all_said = 0, asyncio.Event()
+
+    async def say(turn: Turn, seed: int) -> str:
+        nonlocal said
+        await asyncio.sleep(0)
+        said += 1
+        if said >= replies:
+            all_said.set()
+        return "even"
+
     async def scenario() -> set["asyncio.Task[object]"]:
-        async with asyncio.timeout(20):
-            async with aclosing(rollout(Solo(), {"solver": SleepyAgent()}, environment(100), concurrency=8)) as stream:
+        async with asyncio.timeout(600):
+            team: Team = {"solver": FunctionAgent(say)}
+            async with aclosing(rollout(Solo(), team, environment(100), concurrency=8)) as stream:
                 async for _ in stream:
-                    await asyncio.sleep(pause)
+                    await all_said.wait()
                     break
             return other_tasks()
 

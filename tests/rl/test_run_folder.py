@@ -146,7 +146,7 @@ def test_a_kill_in_the_midst_leaves_what_was_there(tmp_path: Path) -> None:
         "write_whole(Path(sys.argv[1]), write)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(turnwise.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", killed, str(path)], env=environment, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", killed, str(path)], env=environment, check=False, timeout=600)
     assert done.returncode == -signal.SIGKILL
     assert told(tmp_path) == {"file": "old", "file.draft": "ne"}
     write_whole(path, lambda draft: draft.write_text("new"))

@@ -159,7 +159,7 @@ WORDS = st.text(alphabet="ab 1+→\\{}\n<é", max_size=12)
 
 
 @given(turns=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_row_is_what_the_engine_would_see_and_say_in_play(turns: list[tuple[str, str]]) -> None:
     dialogue = [
         said
@@ -186,7 +186,7 @@ def test_a_row_is_what_the_engine_would_see_and_say_in_play(turns: list[tuple[st
 
 
 @given(thought=WORDS, solution=WORDS.filter(str.strip), brief=WORDS.filter(str.strip))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_the_first_trained_token_is_the_control_token_and_the_last_ends_the_sequence(
     thought: str, solution: str, brief: str
 ) -> None:

@@ -120,7 +120,7 @@ class Forge:
         return code, lines
 
     def close(self) -> None:
-        self._process.communicate(timeout=60)
+        self._process.communicate(timeout=600)
 
 
 def forge_run(job: Mapping[str, float | str]) -> tuple[int, list[str]]:

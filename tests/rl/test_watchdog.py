@@ -16,7 +16,7 @@ def test_a_stage_that_passes_its_deadline_is_named_and_goes_on(caplog: pytest.Lo
 
     with watching("the update of step 3", waits_for, 0.01):
         for _ in range(3):
-            assert asked.acquire(timeout=60)
+            assert asked.acquire(timeout=600)
     first, second, *_ = caplog.messages
     assert first.startswith("the update of step 3 has taken ")
     assert first.endswith(" s; it waits for rank(s) [0, 1]")
@@ -24,8 +24,7 @@ def test_a_stage_that_passes_its_deadline_is_named_and_goes_on(caplog: pytest.Lo
 
 
 def test_a_stage_in_time_is_not_told_and_its_error_is_its_own(caplog: pytest.LogCaptureFixture) -> None:
-    threads = threading.active_count()
-    with pytest.raises(ZeroDivisionError), watching("division", lambda: "nobody", 60):
+    with pytest.raises(ZeroDivisionError), watching("division", lambda: "nobody", 1e6):
         print(1 / 0)
     assert caplog.messages == []
-    assert threading.active_count() == threads
+    assert "turnwise-watchdog" not in {thread.name for thread in threading.enumerate()}

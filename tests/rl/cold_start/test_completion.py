@@ -158,7 +158,7 @@ said = st.one_of(
 ).filter(lambda text: without_tags(text) != "" and not has_tags(text))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     first=said, others=st.lists(st.tuples(said, st.booleans()), min_size=1, max_size=8),
     tag=st.sampled_from(["<think>", "</think>\n\n", "</rethink>", "<thi<think>nk>"]),

@@ -5,7 +5,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import aclosing
@@ -461,48 +460,54 @@ def test_a_run_that_is_left_anywhere_goes_on_to_the_same_end(tmp_path: Path, sto
 
 
 CHAINS = [chain(f"p{n}", 8) for n in range(12)]
-LONG = RolloutSettings(samples=64, concurrency=16)
+LONG = RolloutSettings(samples=32, concurrency=16)
 
 
-def start(folder: Path, *options: str) -> "subprocess.Popen[str]":
-    """A process that rolls out `CHAINS`; it says how many continuations it found, and then begins."""
-    source = str(Path(turnwise.__file__).parents[1])
-    return subprocess.Popen(
-        [sys.executable, __file__, str(folder), *options],
-        env={**os.environ, "PYTHONPATH": source},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+class Doomed(Unhurried):
+    """Its process is killed once it has computed for so many seconds more after the first episodes."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.asked = seconds, 0
+
+    async def reply(self, turn: Turn, seed: int) -> Reply:
+        self.asked += 1
+        if self.asked == LONG.concurrency + 1:
+            signal.setitimer(signal.ITIMER_PROF, self.seconds)
+        return await super().reply(turn, seed)
 
 
-def in_process(folder: str, *options: str) -> None:
-    with RolloutStore(folder, RUN) as store:
-        print(store.drawn, flush=True)
-        settings = LONG.model_copy(update={"stop_early": "stop_early" in options})
-        asyncio.run(run(store, CHAINS, settings, Unhurried()))
+def in_forks(folder: str, stop_early: str, *seconds: str) -> None:
+    """Rolls out `CHAINS`, again and again in a fork that is killed, and at last in one that is not.
+
+    Each fork says how many continuations it found, and then begins; then comes its exit code.
+    """
+    for doom in (*map(float, seconds), 0):
+        child = os.fork()
+        if child == 0:
+            with RolloutStore(folder, RUN) as store:
+                print(store.drawn, flush=True)
+                settings = LONG.model_copy(update={"stop_early": stop_early == "True"})
+                asyncio.run(run(store, CHAINS, settings, Doomed(doom)))
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-@pytest.mark.parametrize("options", [(), ("stop_early",)])
-def test_kill_9_draws_nothing_twice_and_changes_nothing(tmp_path: Path, options: tuple[str, ...]) -> None:
-    rolled_out(tmp_path / "whole", CHAINS, LONG.model_copy(update={"stop_early": bool(options)}))
-    whole = drawn(tmp_path / "whole")
-    rng, folder, found, killed = random.Random(), tmp_path / "run", list[int](), 0
-    for _ in range(6):
-        process = start(folder, *options)
-        assert process.stdout
-        found.append(int(process.stdout.readline()))
-        time.sleep(rng.uniform(0.01, 0.06))
-        process.kill()
-        process.communicate()
-        killed += process.returncode == -signal.SIGKILL
-    assert killed, "each run had ended before it was killed"
+@pytest.mark.parametrize("stop_early", [False, True])
+def test_kills_draw_nothing_twice_and_change_nothing(tmp_path: Path, stop_early: bool) -> None:
+    rolled_out(tmp_path / "whole", CHAINS, LONG.model_copy(update={"stop_early": stop_early}))
+    rng, folder = random.Random(), tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder), str(stop_early), *(str(rng.uniform(0.001, 0.03)) for _ in range(6))],
+        env={**os.environ, "PYTHONPATH": str(Path(turnwise.__file__).parents[1])},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    told = list(map(int, done.stdout.split()))
+    found, codes = told[::2], told[1::2]
+    assert codes == [-signal.SIGPROF] * 6 + [0]
     assert found == sorted(found)
     assert len(set(found)) > 2, f"runs went on from {found} continuations"
-    process = start(folder, *options)
-    _, complaint = process.communicate(timeout=60)
-    assert process.returncode == 0, complaint
-    assert drawn(folder) == whole
+    assert drawn(folder) == drawn(tmp_path / "whole")
     assert results(folder, CHAINS) == results(tmp_path / "whole", CHAINS)
 
 
@@ -557,4 +562,4 @@ def test_a_second_writer(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    in_process(*sys.argv[1:])
+    in_forks(*sys.argv[1:])
