@@ -18,7 +18,7 @@ class TransformersActor(SamplingActor):
         )
         self.engine.version = version
 
-    def served(self) -> Served:
+    async def served(self) -> Served:
         """What it serves."""
         engine, model = self.engine, self.engine.model
         embedding = model.get_input_embeddings()

@@ -48,6 +48,18 @@ def test_without_an_advantage_there_is_nothing_to_learn_but_from_a_reference(tur
     assert len(step([*nothing[:3], *turns[3:]], LossSettings(), size=1).experience) == len(turns) - 3
 
 
+def test_logits_do_not_outlast_the_loss_that_they_were_kept_for(turns: list[Sample]) -> None:
+    settings = LossSettings(entropy_coefficient=0.01)
+    micro = step(turns, settings).experience[0]
+    loss, found = StepLoss(settings), torch.zeros_like(micro.rollout_log_probs)
+    loss.experience, loss.logits = micro, torch.zeros(*micro.sequences.shape, 3)
+    value, *_ = loss(
+        found, None, micro.advantages, action_mask=micro.action_mask, rollout_log_probs=micro.rollout_log_probs
+    )
+    assert value.isfinite()
+    assert not loss.logits.numel()
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_the_losses_of_all_micro_batches_are_that_of_the_step(turns: list[Sample], ranks: int) -> None:
     """Gradients in the log-probabilities, too. DeepSpeed divides by the number of ranks."""
