@@ -31,6 +31,7 @@ from turnwise.rl.learner import Learner, LearnerSettings
 from turnwise.rl.loss import LossSettings
 from turnwise.rl.openrlhf.learner import OpenRLHFLearner
 from turnwise.rl.openrlhf.settings import OpenRLHFSettings
+from turnwise.rl.trained_policy import PolicyDiedError
 
 # What Ray says when it starts, and the files and processes that it leaves to the garbage collector when it ends.
 pytestmark = [
@@ -222,7 +223,7 @@ def test_ranks_without_a_sequence_and_steps_without_any_and_what_must_not_be_lea
         pair.update(routed, tolerance=1e-4)  # and nothing of it is left
 
         ray.kill(pair.openrlhf._policy._actor_handlers[1])
-        with pytest.raises(ray.exceptions.RayActorError):
+        with pytest.raises(PolicyDiedError, match=r"^a rank that trains .* died in '\w+' \("):
             pair.openrlhf.update(routed)
 
 
