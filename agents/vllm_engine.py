@@ -181,7 +181,10 @@ class VLLMEngine(Engine):
 
     def _shut_down(self) -> None:
         self._llm.shutdown()
-        self._llm.engine_core.resources.ctx.destroy(linger=0)  # which vLLM leaves open
+        resources = self._llm.engine_core.resources
+        for process in resources.engine_manager.processes:
+            process.join()  # killed at the latest by now, and soon ended
+        resources.ctx.destroy(linger=0)  # which vLLM leaves open
 
     async def _sample(self, prompt: tuple[int, ...], said: PartialReply, parameters: SamplingParams) -> Reply:
         while not self._open.is_set():

@@ -139,14 +139,20 @@ class Trainer:
         self._backend = backend
         self._opened = ExitStack()
         self._training: Generator[Report, None, None] | None = None
-        self._open()
+        try:
+            self._open()
+        except PolicyDiedError as error:
+            raise InputError(
+                f"a policy's processes must live until the training begins; {error}: see to what ends them, most often "
+                "too little memory, and run the same command again"
+            ) from error
         try:
             # Not before the models are there: a slip in their path would leave the folder taken.
             claim(self.folder, self._run())
         except InputError:
             self.close()
             raise
-        self._done = -1
+        self._done = self._furthest = -1
         self._base: tuple[float, float] | None = None
         self._best = float("-inf")
         self._shares: deque[Mapping[str, float]] = deque(maxlen=COLLAPSED_FOR)
@@ -191,7 +197,9 @@ class Trainer:
             while self._done < self.steps:
                 report = runner.run(self._step(self._done + 1))
                 log.write(report.step, report.figures)
-                self._done, self._deaths = report.step, 0
+                self._done = report.step
+                if report.step > self._furthest:  # what is done again is no progress
+                    self._furthest, self._deaths = report.step, 0
                 ends_round = report.round is None or report.step == report.round.end
                 if ends_round or report.step % self.settings.checkpoint_every == 0:
                     self._save()
@@ -225,7 +233,10 @@ class Trainer:
             ) from error
         LOGGER.warning("%s: all policies are opened anew, and the run goes on from its last checkpoint", error)
         self._opened.close()
-        self._open()
+        try:
+            self._open()
+        except PolicyDiedError as another:
+            self._reopen(another)
 
     def team(self, temperature: float) -> dict[str, Agent]:
         """All agents, the policies as they are now, at some temperature."""

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+from deepspeed.runtime.zero.offload_states import offload_optimizer_states, reload_optimizer_states
 from ray.actor import ActorHandle
 
 from turnwise.rl.loss import LossSettings
@@ -42,7 +44,22 @@ class Strategy(DeepspeedStrategy):  # type: ignore[misc]
         """DeepSpeed's settings. Its own Adam would have to be compiled first."""
         if optim_dict is not None:
             optim_dict["params"] |= {"torch_adam": True, "fused": True}
-        return super().get_ds_train_config(optim_dict, max_norm=max_norm)  # type: ignore[no-any-return]
+        config: dict[str, Any] = super().get_ds_train_config(optim_dict, max_norm=max_norm)
+        if self.stage > 1:  # in stage 1 DeepSpeed would take another optimiser, without `check_overflow`
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        return config
+
+    def _ds_init_train_model(
+        self, model: torch.nn.Module, cfg: dict[str, Any]
+    ) -> tuple[torch.nn.Module, object, object]:
+        """By themselves gradients of micro-batches are added up in stage 2 as they come, in half precision."""
+        model, optimizer, scheduler = super()._ds_init_train_model(model, cfg)
+        if self.stage == 2:
+            of_micro_batch = optimizer.get_all_grad_tensors
+            optimizer.get_all_grad_tensors = lambda tensors, dtype: [
+                gradient.to(dtype) for gradient in of_micro_batch(tensors, dtype)
+            ]
+        return model, optimizer, scheduler
 
     def _get_model_parameters(
         self, model: torch.nn.Module, *, optim: str | None = None, weight_decay: float = 0.0
@@ -135,6 +152,37 @@ class PolicyRank(class_of(PolicyModelActor)):  # type: ignore[misc]
         learning_rate = self.actor_scheduler.get_last_lr()[0]
         self.actor_scheduler.step()
         return {"gradient_norm": 0.0, "learning_rate": learning_rate}
+
+    def offload_states(self) -> None:
+        """Moves to main memory what only learning needs; all ranks must be asked."""
+        if self.actor.model.zero_optimization_stage() < 3:
+            super().offload_states()
+            return
+        # In stage 3 DeepSpeed moves what is an optimiser's for its own Adam alone.
+        optimizer = self.actor_optim
+        optimizer.offload_states({OffloadStateTypeEnum.lp_grads, OffloadStateTypeEnum.contiguous_grad_buffer})
+        offload_optimizer_states(optimizer.optimizer, "cpu", pin_memory=True)
+        for weights in self._optimizers_weights():
+            weights.data = weights.data.cpu()
+        torch.cuda.empty_cache()
+
+    def reload_states(self) -> None:
+        """Moves it back."""
+        if self.actor.model.zero_optimization_stage() < 3:
+            super().reload_states()
+            return
+        optimizer, device = self.actor_optim, torch.cuda.current_device()
+        optimizer.reload_states()
+        reload_optimizer_states(optimizer.optimizer, device)
+        for weights in self._optimizers_weights():
+            weights.data = weights.data.to(device)
+
+    def _optimizers_weights(self) -> list[torch.Tensor]:
+        """Those that are not the model's own, as they are in single precision."""
+        pairs = zip(
+            self.actor_optim.fp32_partitioned_groups_flat, self.actor_optim.fp16_partitioned_groups_flat, strict=True
+        )
+        return [mine for mine, models in pairs if mine is not models]
 
     def connect(self, engines: list[ActorHandle]) -> None:
         """Makes the group in which the first rank sends weights to vLLM; all ranks must be asked."""

@@ -48,8 +48,9 @@ def openrlhf_arguments(
         "actor.adam.lr": learner.learning_rate,
         "actor.adam.weight_decay": learner.weight_decay,
         "actor.lr_scheduler": "constant_with_warmup" if learner.schedule == "constant" else learner.schedule,
-        # OpenRLHF rounds steps · ratio up, which must not come out one step too long by a rounding error.
-        "actor.lr_warmup_ratio": max(0.0, learner.warmup - 0.5) / steps,
+        # OpenRLHF rounds steps · ratio up, which must not come out one step too long by a rounding error. A policy that
+        # trains in no round has no steps.
+        "actor.lr_warmup_ratio": max(0.0, learner.warmup - 0.5) / max(1, steps),
         "actor.max_norm": learner.clip,
         "rollout.temperature": temperature,
         # One micro-batch of each rank. How many make a step is said anew for each step.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -10,7 +11,7 @@ from typing import Any
 import ray
 import torch
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -37,8 +38,12 @@ class OpenRLHFLearner:
     has one. Ray must be running. `close`, or the end of a `with`, ends the processes. In a `place` that is given the
     n-th rank takes its part of the n-th bundle.
 
+    It can be asked from several threads, and does one thing at a time: what all ranks do together they must all do in
+    one order, and nobody is to see the weights of half an update.
+
     Raises InputError, before any process starts, for models that are not there or do not fit each other, and for more
-    ranks than Ray has room for. Where a rank dies, whatever was asked of it raises PolicyDiedError, and all are ended.
+    ranks than Ray has room for. Where a rank dies, whatever was asked of it raises PolicyDiedError, and all are ended;
+    where one has too little memory, InputError.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class OpenRLHFLearner:
         model, reference = _everywhere(model), None if reference is None else _everywhere(reference)
         self.vocabulary = check_models(model, reference)
         self._waiting: dict[str, list[int]] = {}
+        self._one_at_a_time = threading.RLock()
         self._release: Callable[[], None] = lambda: None
         if place is None:
             place, self._release = reserve(Share("rank", self.openrlhf.ranks, self.openrlhf.gpus_per_rank))
@@ -115,18 +121,19 @@ class OpenRLHFLearner:
             )
             for part in split(samples, self.settings.mini_batches)
         ]  # fmt: skip
-        if self._reference is not None:
-            for step in steps:
-                for micro, log_probs in zip(step.experience, self._log_probs(self._reference, step), strict=True):
-                    micro.base_action_log_probs = log_probs
-            # It shares its GPU with a rank, which will need what its logits took.
-            self._all(self._reference, "empty_cache")
-        # From the second step on, the policy is no longer the one that was sampled.
-        for step in steps[1:]:
-            for micro, log_probs in zip(step.experience, self._log_probs(self._policy, step), strict=True):
-                micro.action_log_probs = log_probs
-        figures = [self._learn(step, (seed + number) % 2**63) for number, step in enumerate(steps)]
-        self.version += 1
+        with self._one_at_a_time:
+            if self._reference is not None:
+                for step in steps:
+                    for micro, log_probs in zip(step.experience, self._log_probs(self._reference, step), strict=True):
+                        micro.base_action_log_probs = log_probs
+                # It shares its GPU with a rank, which will need what its logits took.
+                self._all(self._reference, "empty_cache")
+            # From the second step on, the policy is no longer the one that was sampled.
+            for step in steps[1:]:
+                for micro, log_probs in zip(step.experience, self._log_probs(self._policy, step), strict=True):
+                    micro.action_log_probs = log_probs
+            figures = [self._learn(step, (seed + number) % 2**63) for number, step in enumerate(steps)]
+            self.version += 1
         return {name: fmean(step[name] for step in figures if name in step) for step in figures for name in step}
 
     def connect(self, actors: Sequence[ActorHandle]) -> None:
@@ -136,9 +143,11 @@ class OpenRLHFLearner:
         """
         self._all(self._policy, "connect", list(actors))
 
-    def broadcast(self) -> None:
-        """Sends the weights to all actors that it was connected with, and returns once they are there."""
-        self._all(self._policy, "broadcast_to_vllm")
+    def broadcast(self) -> int:
+        """Sends the weights to all actors that it is connected with, and returns once they are there; their version."""
+        with self._one_at_a_time:
+            self._all(self._policy, "broadcast_to_vllm")
+            return self.version
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's state dict, on the CPU, in the precision that it is trained in."""
@@ -208,13 +217,18 @@ class OpenRLHFLearner:
 
     def _group(self, actor: type, shared: bool) -> RayActorGroup:
         share = self.openrlhf.gpus_per_rank / (2 if shared else 1)
-        group = RayActorGroup(1, self.openrlhf.ranks, ray.remote(actor), pg=self._place, num_gpus_per_actor=share)
+        try:
+            group = RayActorGroup(1, self.openrlhf.ranks, ray.remote(actor), pg=self._place, num_gpus_per_actor=share)
+        except RayActorError as error:
+            self.close()
+            raise self._died("__init__", error) from error
         self._groups.append(group)
         return group
 
     def _all(self, group: RayActorGroup, method: str, *arguments: object) -> list[Any]:
         """What a method gives on all ranks, in order."""
-        return self._results(method, group.async_run_method(method, *arguments))
+        with self._one_at_a_time:
+            return self._results(method, group.async_run_method(method, *arguments))
 
     def _results(self, method: str, calls: Sequence[ray.ObjectRef]) -> list[Any]:
         """Where one rank fails the others would wait for it: then all are ended."""
@@ -226,14 +240,27 @@ class OpenRLHFLearner:
                 ray.get(ready)
         except RayActorError as error:
             self.close()
-            reason = str(error).strip().splitlines()[0]
-            raise PolicyDiedError(f"a rank that trains {self.name} died in {method!r} ({reason})") from error
+            raise self._died(method, error) from error
+        except RayTaskError as error:
+            self.close()
+            if isinstance(error.cause, torch.OutOfMemoryError):
+                reason = str(error.cause).splitlines()[0]
+                raise InputError(
+                    f"a rank needs room for a micro-batch; one of {self.name} had too little in {method!r} ({reason}): "
+                    "ask for a smaller micro_batch_size or context, gradient_checkpointing, a higher zero_stage, or "
+                    "more ranks, and run the same command again"
+                ) from error
+            raise
         except Exception:
             self.close()
             raise
         finally:
             self._waiting.pop(method, None)
         return list(ray.get(list(calls)))
+
+    def _died(self, method: str, error: RayActorError) -> PolicyDiedError:
+        reason = str(error).strip().splitlines()[0]
+        return PolicyDiedError(f"a rank that trains {self.name} died in {method!r} ({reason})")
 
     def _about(self) -> dict[str, int | str]:
         settings = self.openrlhf

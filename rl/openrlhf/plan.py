@@ -174,7 +174,8 @@ def _rank(shape: ModelShape, settings: OpenRLHFSettings, learner: LearnerSetting
     weights = width * (part if stage == 3 else shape.parameters)
     gathered = width * min(LIVE, shape.parameters) if stage == 3 and ranks > 1 else 0
     optimiser = 12 * part
-    gradients = width * (part if stage > 1 else shape.parameters)
+    # Added up in single precision from stage 2 on; there those of the micro-batch at hand stand beside them.
+    gradients = {1: width * shape.parameters, 2: (4 + width) * part, 3: 4 * part}[stage]
     buffers = width * BUCKET
     if stage == 2 and ranks > 1:
         buffers += width * shape.vocabulary * shape.hidden  # the largest gradient, which no bucket holds
@@ -192,7 +193,7 @@ def _rank(shape: ModelShape, settings: OpenRLHFSettings, learner: LearnerSetting
         layer = shape.kept_by_layer(tokens, longest, width=width, attention=settings.attention)
         back = max(back, int(RECOMPUTED * layer))
     # The optimiser's step comes after the backward pass: the gradient flattened, and in single precision.
-    step = 4 * min(part, LIVE) if stage == 3 else (4 + (width if width < 4 else 0)) * part
+    step = 4 * min(part, LIVE) if stage == 3 else (4 + (width if stage == 1 and width < 4 else 0)) * part
     learning = {
         "weights": weights,
         "gathered weights": gathered,

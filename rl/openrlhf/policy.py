@@ -61,14 +61,17 @@ class OpenRLHFPolicy(TrainedPolicy):
         if self._asleep:
             await self.engine.wake()
             self._asleep = False
-        if self.engine.version == self._learner.version:
-            await self.engine.forget()
-        else:
+        if self.engine.version != self._learner.version:
             await self.engine.update(self._source.broadcast, version=self._learner.version, interrupt=interrupt)
+        elif not interrupt or not self.engine.whole:
+            # What is cached is of these weights, and nobody is to wait for the end of replies but for the dead.
+            await self.engine.forget()
 
     def save_pretrained(self, folder: Path) -> None:
         """Writes a Hugging Face checkpoint, in the precision of the learner."""
         self._learner.save_pretrained(folder)
+        # OpenRLHF's is read by the rules of the model's type, which may not be the tokenizer's.
+        self.engine.tokenizer.save_pretrained(folder)
 
     def state(self, folder: Path) -> Mapping[str, object]:
         """Written in DeepSpeed's form."""
@@ -95,19 +98,15 @@ class ThroughRay:
         self._learner = learner
         self._actors: list[ActorHandle] = []
 
-    @property
-    def version(self) -> int:
-        """The learner's."""
-        return self._learner.version
-
     def connect(self, actors: Sequence[ActorHandle]) -> None:
         """Gets to know the actors."""
         self._actors = list(actors)
 
-    def broadcast(self) -> None:
-        """Has each of them load the state dict."""
-        weights = ray.put(self._learner.weights())
+    def broadcast(self) -> int:
+        """Has each of them load the state dict; its version."""
+        weights, version = ray.put(self._learner.weights()), self._learner.version
         ray.get([actor.load.remote(weights) for actor in self._actors])
+        return version
 
 
 @dataclass(frozen=True, slots=True)

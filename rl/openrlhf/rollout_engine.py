@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,15 +33,11 @@ LIVES = 3
 class WeightSource(Protocol):
     """Where the weights of an engine come from: a learner."""
 
-    @property
-    def version(self) -> int:
-        """Of the weights that would be sent now."""
-
     def connect(self, actors: Sequence[ActorHandle]) -> None:
         """Gets to know the actors, which may be new."""
 
-    def broadcast(self) -> None:
-        """Sends them the weights of `version`, and returns once they are there."""
+    def broadcast(self) -> int:
+        """Sends them the weights, and returns once they are there: the version that was sent."""
 
 
 class RolloutEngine(Engine):
@@ -137,13 +133,15 @@ class RolloutEngine(Engine):
 
     def close(self) -> None:
         """Ends the actors and the engines' processes, which frees their memory. Turns that still run fail."""
-        alive = [actor for number, actor in enumerate(self.actors) if number not in self._dead]
+        alive = [self.actors[number] for number in self._alive()]
         self.source = None
         self._dead = dict.fromkeys(range(len(self.actors)), "the engine is closed")
-        if alive and ray.is_initialized():
-            # Where Ray ends an actor, it is left to vLLM's process to notice.
-            ray.wait([actor.shut_down.remote() for actor in alive], num_returns=len(alive), timeout=ENDS_WITHIN)
+        if ray.is_initialized():
+            if alive:
+                # Where Ray ends an actor, it is left to vLLM's process to notice.
+                ray.wait([actor.shut_down.remote() for actor in alive], num_returns=len(alive), timeout=ENDS_WITHIN)
             self._close()
+            self._close = lambda: None
 
     async def serve(self, request: Request) -> Reply:
         """Has an actor sample. Raises `InputError` for a prompt with tokens that the model does not know."""
@@ -175,8 +173,9 @@ class RolloutEngine(Engine):
 
     def waits_for(self) -> str:
         """In words, which actors have turns to answer, and for how long."""
-        now, turns = time.monotonic(), Counter(number for number, _ in self._running.values())
-        since = {number: now - min(at for other, at in self._running.values() if other == number) for number in turns}
+        now, running = time.monotonic(), list(self._running.values())
+        turns = Counter(number for number, _ in running)
+        since = {number: now - min(at for other, at in running if other == number) for number in turns}
         told = (f"{turns[n]} turn(s) for actor {n} of {self.name}, up to {since[n]:.0f} s" for n in sorted(turns))
         return "; ".join(told)
 
@@ -194,27 +193,41 @@ class RolloutEngine(Engine):
         async with self._closed():
             await self._all_alive()
             await (self._each("pause_generation") if interrupt else self._idle())
-            await self._replace_weights(broadcast, self.version + 1 if version is None else version, interrupt)
+            new = self.version + 1 if version is None else version
+
+            def send() -> int:
+                broadcast()
+                return new
+
+            await self._replace_weights(send, interrupt)
 
     async def forget(self) -> None:
         """Empties what is cached, once all running replies have ended; turns that come meanwhile wait."""
         async with self._closed():
             await self._all_alive()
             if self._half_updated and self.source is not None:  # some were started anew
-                await self._replace_weights(self.source.broadcast, self.source.version, False)
+                await self._replace_weights(self.source.broadcast, False)
             else:
                 await self._idle()
                 await self._each("updated", version=self.version, running=False)
                 self._homes.clear()
 
+    @property
+    def whole(self) -> bool:
+        """Whether no actor is known to have died since all were alive."""
+        return not self._dead
+
     async def sleep(self) -> None:
-        """Lends the GPU's memory to others, until `wake`. Turns that come meanwhile wait forever: ask none."""
+        """Lends the GPU's memory to others, until `wake`. Turns that come meanwhile wait forever: ask none.
+
+        Who dies has no memory to lend, nor to take back: it is started anew before the next update.
+        """
         await self._idle()
-        await self._each("sleep")
+        await self._each_alive("sleep")
 
     async def wake(self) -> None:
         """Takes the memory back, with the weights that it had."""
-        await self._each("wake_up")
+        await self._each_alive("wake_up")
 
     async def restart(self) -> None:
         """Starts actors anew in the place of those that died. They have the weights that the engine was started on.
@@ -252,7 +265,7 @@ class RolloutEngine(Engine):
             if self.source is None:
                 raise EngineDiedError(f"no actor of {self.name} is alive ({self._dead[0]}): call restart()")
             await self._revive(self.source)
-            await self._replace_weights(self.source.broadcast, self.source.version, False)
+            await self._replace_weights(self.source.broadcast, False)
 
     async def _all_alive(self) -> None:
         """Once they are. Else a dead one would fail the learner that sends to it."""
@@ -277,9 +290,10 @@ class RolloutEngine(Engine):
         await self.restart()
         await asyncio.to_thread(source.connect, self.actors)
 
-    async def _replace_weights(self, broadcast: Callable[[], object], version: int, interrupt: bool) -> None:
+    async def _replace_weights(self, broadcast: Callable[[], int], interrupt: bool) -> None:
+        """`broadcast` says which version it has sent."""
         try:
-            await asyncio.to_thread(broadcast)
+            version = await asyncio.to_thread(broadcast)
             await self._each("updated", version=version, running=interrupt)
             if interrupt:
                 await self._each("resume_generation")
@@ -299,11 +313,11 @@ class RolloutEngine(Engine):
 
     def _choose(self, prompt: tuple[int, ...]) -> int:
         """The actor that has said the last of the prompt's turns, or the one that is asked for the fewest now."""
-        alive = [number for number in range(len(self.actors)) if number not in self._dead]
+        alive = self._alive()
         home = self._homes.find(prompt)
         if home in alive:
             return home
-        asked = [number for number, _ in self._running.values()]
+        asked = [number for number, _ in list(self._running.values())]
         return min(alive, key=asked.count)
 
     async def _ask(self, number: int, request: Request) -> Sampled:
@@ -320,7 +334,8 @@ class RolloutEngine(Engine):
 
     async def _answer(self, reference: ray.ObjectRef, number: int) -> Any:  # noqa: ANN401
         """What an actor returned, or what it raised, without Ray's account of where."""
-        # A future of its own, which is not cancelled where the turn is: the actor may be at it still.
+        # A future of its own, which is not cancelled where the turn is: the actor may be at it still. The callback
+        # comes in a thread of Ray's: whoever goes through what is running does so on a copy.
         reference.future().add_done_callback(lambda _: self._running.pop(reference, None))
         try:
             return await asyncio.wrap_future(reference.future())
@@ -340,9 +355,21 @@ class RolloutEngine(Engine):
         calls = [getattr(actor, method).remote(**arguments) for actor in self.actors]
         await asyncio.gather(*(self._answer(call, number) for number, call in enumerate(calls)))
 
+    async def _each_alive(self, method: str) -> None:
+        """Has those actors do something that are alive, and live on."""
+
+        async def ask(number: int) -> None:
+            with suppress(EngineDiedError):
+                await self._answer(getattr(self.actors[number], method).remote(), number)
+
+        await asyncio.gather(*map(ask, self._alive()))
+
+    def _alive(self) -> list[int]:
+        return [number for number in range(len(self.actors)) if number not in self._dead]
+
     async def _idle(self) -> None:
         """Waits until no actor is at work, be it at a turn that was called off."""
-        running = [asyncio.wrap_future(reference.future()) for reference in self._running]
+        running = [asyncio.wrap_future(reference.future()) for reference in list(self._running)]
         await asyncio.gather(*running, return_exceptions=True)
 
 

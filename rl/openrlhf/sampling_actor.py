@@ -42,8 +42,8 @@ class SamplingActor(ABC):
     _counted = (0, 0)
 
     @abstractmethod
-    def served(self) -> Served:
-        """What it serves."""
+    async def served(self) -> Served:
+        """What it serves. Raises EngineDiedError where the engine is no more."""
 
     @abstractmethod
     async def updated(self, version: int, *, running: bool) -> None:

@@ -56,6 +56,23 @@ class OpenRLHFSettings(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _who_sends_to_each_other_has_a_gpu_each(self) -> "OpenRLHFSettings":
+        """NCCL refuses a group of which two processes are on one GPU. Nor do the first rank and vLLM's engines form one
+        where they take turns, or where the weights come through Ray.
+        """
+        rank, actor = self.gpus_per_rank, self.gpus_per_actor
+        ranks_share = self.ranks > 1 and 0 < rank + actor * self.colocated <= 0.5
+        engines_share = (self.actors > 1 and 0 < actor <= 0.5) or (rank and actor and rank + actor <= 1)
+        if ranks_share or (engines_share and self.engine == "vllm" and not self.colocated):
+            raise ValueError(
+                "processes that send each other weights or gradients by NCCL (all ranks; the first rank and vLLM's "
+                f"engines, unless colocated) must not share a GPU; got ranks={self.ranks}, actors={self.actors}, "
+                f"gpus_per_rank={rank}, gpus_per_actor={actor}, colocated={self.colocated}: use colocated, or whole "
+                "GPUs"
+            )
+        return self
+
     @property
     def dtype(self) -> str:
         """The precision, by torch's name."""

@@ -126,6 +126,8 @@ class StepLoss(torch.nn.Module):
         """
         nothing = torch.zeros((), device=log_probs.device)
         mask, experience = action_mask.bool(), self.experience
+        # Let go of here: else they would outlast the backward pass.
+        logits, self.logits = self.logits, torch.empty(0)
         if not mask.any():
             # All ranks take part in the sum of the gradients, and in that of each layer.
             return log_probs.sum() * 0, nothing, nothing, None, None
@@ -137,7 +139,7 @@ class StepLoss(torch.nn.Module):
         loss = policy_loss(
             self.settings, found, old, engine, advantages[mask], sequences, weights, plain,
             reference_log_probs=reference,
-            entropies=entropy(self.logits[:, :-1][mask]) if self.settings.entropy_coefficient else None,
+            entropies=entropy(logits[:, :-1][mask]) if self.settings.entropy_coefficient else None,
         )  # fmt: skip
         self._count(loss.detach(), found.detach(), old, engine, sequences, plain, reference)
         return loss * dp_size, nothing, nothing, None, None

@@ -21,7 +21,7 @@ class TransformersActor(SamplingActor):
         self.engine.context = min(context or self.engine.context, self.engine.context)
         self.engine.version = version
 
-    def served(self) -> Served:
+    async def served(self) -> Served:
         """What it serves."""
         engine, model = self.engine, self.engine.model
         embedding = model.get_input_embeddings()

@@ -55,8 +55,9 @@ class VLLMActor(SamplingActor, class_of(vllm_engine.RolloutRayActor)):  # type: 
         tokenizer, loop = load_tokenizer(model), OwnLoop()
         self.engine = VLLMEngine(self.llm, tokenizer, loop, name=model, version=version, interruptible=interruptible)
 
-    def served(self) -> Served:
+    async def served(self) -> Served:
         """What it serves."""
+        await _of_vllm(self.llm.check_health())
         engine, dtype = self.engine, self.llm.model_config.dtype
         return Served(engine.context, engine.ends, engine.vocabulary, engine.cache_tokens, dtype)
 
@@ -70,6 +71,22 @@ class VLLMActor(SamplingActor, class_of(vllm_engine.RolloutRayActor)):  # type: 
             raise RuntimeError("vLLM's prefix cache holds on to the old weights: a request still runs")
         # What was sampled before a pause has come in by now, since vLLM answers in order.
         self.engine.version = version
+
+    async def sleep(self, level: int = 1) -> None:
+        """Lends its GPU's memory, until it wakes up."""
+        await _of_vllm(super().sleep(level))
+
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        """Takes it back."""
+        await _of_vllm(super().wake_up(tags))
+
+    async def pause_generation(self) -> None:
+        """Samples no token more, until it is told to go on."""
+        await _of_vllm(super().pause_generation())
+
+    async def resume_generation(self) -> None:
+        """Goes on."""
+        await _of_vllm(super().resume_generation())
 
     def shut_down(self) -> None:
         """Ends vLLM's own process, which does not always take the hint."""

@@ -5,7 +5,10 @@ of zero, so is its share. Two implementations that add up in another order thus 
 weights of a thousand: hence the learning rate here, and the comparison of the whole change with the whole difference.
 """
 
+import sys
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -28,12 +31,16 @@ from turnwise.rl.learner import Learner, LearnerSettings
 from turnwise.rl.loss import LossSettings
 from turnwise.rl.openrlhf.learner import OpenRLHFLearner
 from turnwise.rl.openrlhf.settings import OpenRLHFSettings
+from turnwise.rl.trained_policy import PolicyDiedError
 
 # What Ray says when it starts, and the files and processes that it leaves to the garbage collector when it ends.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Tip. In future versions of Ray:FutureWarning"),
     pytest.mark.filterwarnings("ignore:(unclosed file.*/dev/null|subprocess \\d+ is still running):ResourceWarning"),
 ]
+
+# The workers of Ray have the function below by value: they cannot import a test.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 CONTROL = Thinkless().control_states
 LEARNING_RATE = 1e-5
@@ -164,12 +171,23 @@ def test_so_it_is_with_all_other_terms_away_from_the_policy_that_was_sampled(
         mini_batches=3, micro_batch_size=2,
     )  # fmt: skip
     with Pair(ROUTER, chosen, reference=LONG, temperature=0.7, updates=3, ranks=2, zero_stage=stage) as pair:
-        first, second = pair.update(routed, tolerance=1e-3), pair.update(routed, tolerance=1e-2)
+        first = pair.update(routed, tolerance=1e-3)
+        # As its engines would have it, if it stood on their GPUs.
+        pair.openrlhf.offload()
+        pair.openrlhf.reload()
+        second = pair.update(routed, tolerance=1e-2)
         assert second["clipped"] > 0.05
         assert first["gradient_norm"] > 1.5 * chosen.clip
         assert first["learning_rate"] < second["learning_rate"]
         _, share = pair.differences()
     assert share < 0.02
+
+
+def weights_while_it_learns(learner: OpenRLHFLearner) -> dict[str, torch.Tensor]:
+    """Asked for after the first of several steps of an update has begun, and before the last."""
+    while "'learn'" not in learner.waits_for():
+        time.sleep(0.001)
+    return learner.weights()
 
 
 def test_ranks_without_a_sequence_and_steps_without_any_and_what_must_not_be_learnt(
@@ -185,7 +203,10 @@ def test_ranks_without_a_sequence_and_steps_without_any_and_what_must_not_be_lea
         assert figures["gradient_norm"] == 0
         pair.update([])
         assert flat(pair.openrlhf.weights()).equal(flat(learnt))
-        pair.update(routed[4:] + [one] * 4, tolerance=1e-4)
+        with ThreadPoolExecutor() as another:
+            half_way = another.submit(weights_while_it_learns, pair.openrlhf)
+            pair.update(routed[4:] + [one] * 4, tolerance=1e-4)
+        assert flat(half_way.result()).equal(flat(pair.openrlhf.weights()))
         assert pair.differences()[1] < 0.01
 
         learnt = pair.openrlhf.weights()
@@ -202,7 +223,7 @@ def test_ranks_without_a_sequence_and_steps_without_any_and_what_must_not_be_lea
         pair.update(routed, tolerance=1e-4)  # and nothing of it is left
 
         ray.kill(pair.openrlhf._policy._actor_handlers[1])
-        with pytest.raises(ray.exceptions.RayActorError):
+        with pytest.raises(PolicyDiedError, match=r"^a rank that trains .* died in '\w+' \("):
             pair.openrlhf.update(routed)
 
 
@@ -244,7 +265,16 @@ def test_in_half_precision_it_learns_nearly_the_same(cluster: None, routed: list
         assert found["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=0.05)
         assert {weight.dtype for weight in pair.openrlhf.weights().values()} == {torch.bfloat16}
         _, share = pair.differences()
+        learner = pair.openrlhf
+        with pytest.raises(
+            InputError, match=r"had too little in '__ray_call__' \(2 GiB\): ask for a smaller micro_batch_size or"
+        ):
+            learner._all(learner._policy, "__ray_call__", _run_out_of_memory)
     assert 0.01 < share < 0.5
+
+
+def _run_out_of_memory(_: object) -> None:
+    raise torch.OutOfMemoryError("2 GiB")
 
 
 # Bad input

@@ -17,6 +17,7 @@ import openrlhf.models.ring_attn_utils
 import openrlhf.utils.utils
 from deepspeed.comm import comm
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.offload_states import offload_optimizer_states, reload_optimizer_states
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from openrlhf.models import PolicyLoss
@@ -36,11 +37,14 @@ OPENRLHF_POLICY, OPENRLHF_REFERENCE = PolicyRank.__mro__[1], ReferenceRank.__mro
 OVERRIDDEN = {
     names.ActorPPOTrainer.training_step: "self experience kl_ctl step loss_batch_info",
     names.DeepspeedStrategy.get_ds_train_config: "self optim_dict max_norm",
+    names.DeepspeedStrategy._ds_init_train_model: "self model cfg",
     names.DeepspeedStrategy._get_model_parameters: "self model optim weight_decay",
     names.DeepspeedStrategy.optimizer_step: "self _optimizer model _scheduler name kwargs",
     names.NaiveReplayBuffer.append: "self experience",
     names.NaiveReplayBuffer.collate_fn: "self batch",
     OPENRLHF_POLICY.init_model_from_pretrained: "self strategy pretrain max_steps vllm_engines",
+    OPENRLHF_POLICY.offload_states: "self",
+    OPENRLHF_POLICY.reload_states: "self",
     PolicyLoss.forward: (
         "self log_probs old_log_probs advantages action_mask rollout_log_probs dp_size batch_num_tokens "
         "global_batch_size"
@@ -64,8 +68,6 @@ CALLED = {
     OPENRLHF_POLICY.save_checkpoint: "self tag client_states",
     OPENRLHF_POLICY.save_model: "self",
     OPENRLHF_POLICY.broadcast_to_vllm: "self",
-    OPENRLHF_POLICY.offload_states: "self",
-    OPENRLHF_POLICY.reload_states: "self",
     names.ActorPPOTrainer._init_vllm_sync_group: "self backend",
     OPENRLHF_REFERENCE.init_model_from_pretrained: "self strategy pretrain",
     OPENRLHF_REFERENCE.empty_cache: "self",
@@ -77,7 +79,12 @@ CALLED = {
     DeepSpeedEngine.was_step_applied: "self",
     DeepSpeedEngine.zero_optimization_stage: "self",
     DeepSpeedZeroOptimizer.check_overflow: "self",
+    DeepSpeedZeroOptimizer.get_all_grad_tensors: "self tensor_list dtype",
     DeepSpeedZeroOptimizer_Stage3.check_overflow: "self",
+    DeepSpeedZeroOptimizer_Stage3.offload_states: "self include",
+    DeepSpeedZeroOptimizer_Stage3.reload_states: "self",
+    offload_optimizer_states: "optimizer device pin_memory",
+    reload_optimizer_states: "optimizer device",
 }
 
 
@@ -178,13 +185,22 @@ def test_the_command_line_has_the_flags_that_are_set_and_the_arguments_what_is_r
     assert command_line().get_default("actor.adam.eps") == 1e-8  # torch's
 
 
-@pytest.mark.parametrize("steps", [1, 3, 7, 10, 49, 100, 1000])
+@pytest.mark.parametrize("steps", [0, 1, 3, 7, 10, 49, 100, 1000])
 def test_the_warm_up_has_as_many_steps_as_it_should(steps: int) -> None:
     """By the formula of OpenRLHF."""
     assert "math.ceil(scheduler_steps * cfg.get(" in inspect.getsource(names.DeepspeedStrategy._ds_init_train_model)
-    for warmup in {0, 1, steps // 3, steps - 1, steps}:
+    for warmup in {0, 1, steps // 3, steps - 1, steps}.intersection(range(steps + 1)):
         arguments = openrlhf_arguments(OpenRLHFSettings(), LearnerSettings(warmup=warmup), steps=steps, temperature=1)
         assert -(-steps * arguments.actor.lr_warmup_ratio // 1) == warmup
+
+
+def test_in_stage_3_deepspeed_moves_the_states_of_its_own_adam_alone_and_its_weights_are_there_to_be_moved() -> None:
+    source = inspect.getsource(DeepSpeedZeroOptimizer_Stage3.offload_states)
+    # When this is no more, its own will do.
+    assert "assert self.optimizer.__class__ == deepspeed.ops.adam.fused_adam.FusedAdam" in source
+    assert "buf.data = buf.data.to(device" in source
+    source = inspect.getsource(DeepSpeedZeroOptimizer_Stage3)
+    assert "self.fp32_partitioned_groups_flat.append(self.fp16_partitioned_groups_flat[i])" in source
 
 
 def test_deepspeed_takes_torchs_optimiser_and_leaves_out_what_it_would_compile() -> None:

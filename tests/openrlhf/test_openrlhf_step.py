@@ -1,6 +1,8 @@
 """What the ranks are given: each trained token once, at its place, with all that belongs to it."""
 
+import socket
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,11 @@ pytest.importorskip("deepspeed", reason="needs OpenRLHF: make openrlhf")
 
 from turnwise.rl.advantage import Sample
 from turnwise.rl.batch import Batch
+from turnwise.rl.learner import LearnerSettings
 from turnwise.rl.loss import LossSettings, policy_loss, token_weights
+from turnwise.rl.openrlhf.actors import Strategy
+from turnwise.rl.openrlhf.arguments import openrlhf_arguments
+from turnwise.rl.openrlhf.settings import OpenRLHFSettings
 from turnwise.rl.openrlhf.step import Step, StepLoss
 
 DEGRPO = LossSettings(aggregation="degrpo", alpha=0.5, kl_coefficient=0.1)
@@ -48,6 +54,18 @@ def test_without_an_advantage_there_is_nothing_to_learn_but_from_a_reference(tur
     assert len(step([*nothing[:3], *turns[3:]], LossSettings(), size=1).experience) == len(turns) - 3
 
 
+def test_logits_do_not_outlast_the_loss_that_they_were_kept_for(turns: list[Sample]) -> None:
+    settings = LossSettings(entropy_coefficient=0.01)
+    micro = step(turns, settings).experience[0]
+    loss, found = StepLoss(settings), torch.zeros_like(micro.rollout_log_probs)
+    loss.experience, loss.logits = micro, torch.zeros(*micro.sequences.shape, 3)
+    value, *_ = loss(
+        found, None, micro.advantages, action_mask=micro.action_mask, rollout_log_probs=micro.rollout_log_probs
+    )
+    assert value.isfinite()
+    assert not loss.logits.numel()
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_the_losses_of_all_micro_batches_are_that_of_the_step(turns: list[Sample], ranks: int) -> None:
     """Gradients in the log-probabilities, too. DeepSpeed divides by the number of ranks."""
@@ -81,3 +99,37 @@ def test_the_losses_of_all_micro_batches_are_that_of_the_step(turns: list[Sample
     assert strength == pytest.approx(float(gradient.square().sum()), rel=1e-6)
     assert loss.sums["loss"] == pytest.approx(expected.item(), rel=1e-6)
     assert loss.sums["trained_tokens"] == len(batch.columns)
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    """This process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "-1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in rank.items():
+            patch.setenv(name, value)
+        yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.distributed.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_of_micro_batches_are_added_up_in_single_precision(one_rank: None, stage: int) -> None:
+    """In half precision 256 + 0.5 is 256."""
+    settings, learner = OpenRLHFSettings(gpus_per_rank=0, zero_stage=stage), LearnerSettings()
+    arguments = openrlhf_arguments(settings, learner, steps=1, temperature=1.0)
+    arguments.local_rank = -1
+    strategy = Strategy(arguments, learner.loss)
+    strategy.setup_distributed()
+    adam = {"lr": 1.0, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+    optimiser = {"optim": "adam", "adam": adam, "lr_scheduler": "constant", "scheduler_steps": 1}
+    engine, _, _ = strategy.prepare((torch.nn.Linear(1, 1, bias=False).bfloat16(), optimiser))
+    gradients = [256.0] + [0.5] * 100
+    for number, gradient in enumerate(gradients):
+        engine.set_gradient_accumulation_boundary(number == 100)
+        engine.backward(engine(torch.full((1, 1), gradient, dtype=torch.bfloat16)).sum())
+    engine.step()
+    assert float(engine.get_global_grad_norm()) == 306

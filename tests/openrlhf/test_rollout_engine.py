@@ -6,7 +6,9 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -36,8 +38,9 @@ from turnwise.rl.advantage import Sample
 from turnwise.rl.learner import LearnerSettings
 from turnwise.rl.openrlhf.homes import BLOCK, Homes
 from turnwise.rl.openrlhf.learner import OpenRLHFLearner
+from turnwise.rl.openrlhf.policy import OpenRLHFPolicy
 from turnwise.rl.openrlhf.rollout_engine import LIVES, RolloutEngine, _transformers
-from turnwise.rl.openrlhf.sampling_actor import EngineDiedError
+from turnwise.rl.openrlhf.sampling_actor import EngineDiedError, Served
 from turnwise.rl.openrlhf.settings import OpenRLHFSettings
 from turnwise.rl.openrlhf.vllm_actor import VLLMActor, Worker
 from turnwise.rl.openrlhf.vllm_without_cuda import group_of_processes
@@ -365,14 +368,24 @@ def test_what_is_learnt_is_what_is_sampled_from(cluster: None, turns: list[Sampl
         assert engine.version == 7
         before = asyncio.run(greedy(engine))
         assert_serves(engine, model)
-        learner.connect(engine.actors)
+        policy = OpenRLHFPolicy(learner, engine)
         for version in (1, 2):
             learner.update(turns)
-            asyncio.run(engine.update(learner.broadcast, version=learner.version))
+            asyncio.run(policy.publish())
             assert engine.version == version
             assert_serves(engine, model, learner.weights())
         changed = [now.token_ids != was.token_ids for now, was in zip(asyncio.run(greedy(engine)), before, strict=True)]
         assert sum(changed) > 6
+
+        async def publish_nothing_new() -> bool:
+            running = endless(engine)
+            await until(engine, 1)
+            await policy.publish(interrupt=True)
+            ended = running.done()
+            running.cancel()
+            return ended
+
+        assert not asyncio.run(publish_nothing_new()), "a reply had to end for what has not changed"
 
 
 def test_replies_end_before_weights_change_and_turns_that_come_then_wait(changing: RolloutEngine, tied: Path) -> None:
@@ -543,9 +556,7 @@ def test_an_actor_that_died_is_named_and_the_others_go_on_until_it_is_restarted(
 
 
 class Source:
-    """Sends an engine always the same weights."""
-
-    version = 9
+    """Sends an engine always the same weights, of version 9."""
 
     def __init__(self, engine: RolloutEngine, weights: Mapping[str, torch.Tensor]) -> None:
         self._engine, self._weights = engine, weights
@@ -554,8 +565,9 @@ class Source:
     def connect(self, actors: Sequence[ActorHandle]) -> None:
         self.known.append(len(set(actors)))
 
-    def broadcast(self) -> None:
+    def broadcast(self) -> int:
         send(self._engine, self._weights)
+        return 9
 
 
 def test_with_a_source_of_weights_no_turn_is_lost(changing: RolloutEngine, tied: Path) -> None:
@@ -582,6 +594,23 @@ def test_with_a_source_of_weights_no_turn_is_lost(changing: RolloutEngine, tied:
     assert source.known == [2]
     assert_alike(asyncio.run(run(processes())), expected)
     assert source.known == [2, 2]
+
+    async def lose_two_while_nothing_runs() -> None:
+        """First vLLM's own process, of which no turn tells; then, in its sleep, an actor."""
+        (child,) = of_vllm(processes()[0])
+        os.kill(child, 9)
+        await asyncio.to_thread(wait_for_the_end_of, [child])
+        await changing.forget()
+        assert source.known == [2, 2, 2]
+        await changing.sleep()
+        os.kill(processes()[1], 9)
+        await changing.wake()
+        assert not changing.whole
+        await changing.forget()
+        assert changing.whole
+        assert source.known == [2, 2, 2, 2]
+
+    asyncio.run(lose_two_while_nothing_runs())
     assert_serves(changing, tied, before_tying(weights))
     assert changing.version == 9
 
@@ -596,6 +625,55 @@ def test_an_engine_that_dies_again_and_again_ends_the_run(changing: RolloutEngin
     asyncio.run(changing.restart())
     asyncio.run(changing.update(lambda: send(changing, variant(tied, 6))))
     assert_serves(changing, tied, before_tying(variant(tied, 6)))
+
+
+def bare(close: Callable[[], None] = lambda: None) -> RolloutEngine:
+    """One that starts nothing, with two actors that are none."""
+    served = Served(context=64, ends=frozenset({1}), vocabulary=472, cache_tokens=64, dtype=torch.float32)
+    actors = [object(), object()]
+    return RolloutEngine(lambda number: actors[number], actors, served, LONG, by_vllm=True, close=close)
+
+
+def test_one_whose_actors_have_all_died_gives_back_their_room_once(cluster: None) -> None:
+    closed = list[str]()
+    engine = bare(lambda: closed.append("closed"))
+    engine._dead = dict.fromkeys(range(2), "gone")
+    engine.close()
+    engine.close()
+    assert closed == ["closed"]
+
+
+class Ended:
+    """Stands for Ray's reference to what has ended."""
+
+    def future(self) -> "Future[None]":
+        future = Future[None]()
+        future.set_result(None)
+        return future
+
+
+def test_what_runs_may_end_while_it_is_looked_at() -> None:
+    """Turns end in a thread of Ray's."""
+    engine, last, stop = bare(), Ended(), threading.Event()
+    engine._running = {Ended(): (number % 2, 0.0) for number in range(300)}
+
+    def end_and_begin() -> None:
+        while not stop.is_set():
+            engine._running[last] = 1, 0.0
+            del engine._running[last]
+
+    turns, switches = threading.Thread(target=end_and_begin), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    turns.start()
+    try:
+        for _ in range(20):
+            assert engine.waits_for().startswith("150 turn(s) for actor 0")
+            engine._choose((30,) * BLOCK)
+            asyncio.run(engine._idle())
+    finally:
+        stop.set()
+        turns.join()
+        sys.setswitchinterval(switches)
 
 
 def test_closing_ends_all_processes_and_fails_what_runs(cluster: None) -> None:

@@ -438,10 +438,22 @@ def test_a_backend_that_writes_its_own_state_goes_on_from_it(tmp_path: Path, who
 
 
 class Mortal(EmbeddedPolicy):
-    """Dies in those of all updates that it is told to."""
+    """Dies in those of all updates that it is told to, and in those of all openings."""
 
     updates: ClassVar[int]
     dies_in: ClassVar[Container[int]]
+    openings: ClassVar[int]
+    dies_opened: ClassVar[Container[int]]
+
+    @classmethod
+    def will_die(cls, *, updates: Container[int] = (), openings: Container[int] = ()) -> None:
+        cls.updates, cls.dies_in, cls.openings, cls.dies_opened = 0, updates, 0, openings
+
+    def __init__(self, policy: Policy, *, updates: int, temperature: float) -> None:
+        Mortal.openings += 1
+        if Mortal.openings in Mortal.dies_opened:
+            raise PolicyDiedError("a rank died")
+        super().__init__(policy, updates=updates, temperature=temperature)
 
     async def update(
         self, samples: Sequence[Sample], *, control_states: Collection[str], seed: int
@@ -455,10 +467,10 @@ class Mortal(EmbeddedPolicy):
 def test_where_a_process_dies_all_are_opened_anew_and_the_run_ends_as_if_none_had(
     tmp_path: Path, whole: Whole, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Mortal.updates, Mortal.dies_in = 0, (4, 10, 11, 12)
+    Mortal.will_die(updates=(4, 10, 11), openings=(8,))
     trainer = Trainer(PROTOCOL, POLICIES, TRAIN, TEST, SETTINGS, tmp_path / "run", backend=Mortal)
     steps = [report.step for report in trainer.train()]
-    # It is saved after each second step, and dies in step 4, in step 8, and then twice in step 7.
+    # It is saved after each second step, and dies in step 4, in step 8, as it is opened anew, and then in step 7.
     assert steps == [0, 1, 2, 3, 3, 4, 5, 6, 7, *range(7, STEPS + 1)]
     assert (
         caplog.messages
@@ -469,14 +481,18 @@ def test_where_a_process_dies_all_are_opened_anew_and_the_run_ends_as_if_none_ha
 
 
 def test_a_process_that_dies_again_and_again_ends_the_run(tmp_path: Path) -> None:
-    Mortal.updates, Mortal.dies_in = 0, range(2, 100)
+    """Also where it takes up a checkpoint, and gets some way, each time."""
+    Mortal.will_die(updates=range(4, 100, 2))
     reports = Trainer(PROTOCOL, POLICIES, TRAIN, TEST, SETTINGS, tmp_path / "run", backend=Mortal).train()
-    assert [next(reports).step, next(reports).step] == [0, 1]
     with pytest.raises(
-        InputError, match=r"within 3 tries; step 1 was not \(a rank died\): see to what ends the process"
+        InputError, match=r"within 3 tries; step 4 was not \(a rank died\): see to what ends the process"
     ):
         list(reports)
-    assert Mortal.updates == 5
+    assert Mortal.updates == 10
+    Mortal.will_die(openings=(2,))
+    with pytest.raises(InputError, match="must live until the training begins; a rank died: see to what ends them"):
+        Trainer(PROTOCOL, POLICIES, TRAIN, TEST, SETTINGS, tmp_path / "other", backend=Mortal)
+    assert not (tmp_path / "other").exists()
 
 
 def leave_after(trainer: Trainer, step: int) -> int:

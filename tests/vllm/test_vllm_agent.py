@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -359,9 +358,6 @@ def test_tied_weights_are_updated_together_and_a_closed_engine_says_so(tmp_path:
 
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(close_early())
-    began = time.monotonic()
-    while len(multiprocessing.active_children()) > processes and time.monotonic() < began + 30:
-        time.sleep(0.05)  # vLLM's process is told to end, and takes its time
     assert len(multiprocessing.active_children()) == processes
     engine.close()
     with pytest.raises(RuntimeError, match="the engine is closed"):
