@@ -12,7 +12,8 @@ class OpenRLHFSettings(BaseModel):
       or 0 for the CPU. A reference model takes half of that share.
     - `zero_stage`: what DeepSpeed divides among the ranks (ZeRO, arXiv 1910.02054): the optimiser's state, 2: also the
       gradients, 3: also the weights.
-    - `precision` of the weights in the forward and backward pass; the optimiser's are in single precision.
+    - `precision` of the weights in the forward and backward pass; the optimiser's are in single precision, and so are
+      the sums of the gradients of micro-batches, but in stage 1.
     - `attention`: the implementation, by transformers' name. "flash_attention_2" needs bf16 and a GPU.
     - `gradient_checkpointing` trades a second forward pass for memory.
     - `actors` processes are sampled from by `engine`, each on `gpus_per_actor` of a GPU (0: a CPU): "vllm" takes the

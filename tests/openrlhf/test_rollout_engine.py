@@ -516,6 +516,12 @@ def wait_for_the_end_of(pids: Sequence[int]) -> None:
     assert not psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=600)[1]
 
 
+async def until_it_tells(actor: ActorHandle) -> None:
+    """Until it tells of its engine's death, which raises EngineDiedError."""
+    while True:
+        await actor.served.remote()
+
+
 def test_an_actor_that_died_is_named_and_the_others_go_on_until_it_is_restarted(
     changing: RolloutEngine, tied: Path
 ) -> None:
@@ -584,47 +590,33 @@ def test_with_a_source_of_weights_no_turn_is_lost(changing: RolloutEngine, tied:
         return [await turn for turn in running]
 
     def processes() -> list[int]:
-        return ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in changing.actors])
+        alive = [changing.actors[number] for number in changing._alive()]
+        return ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in alive])
 
     expected = asyncio.run(both(transformers(tied, before_tying(weights))))
     asyncio.run(changing.update(source.broadcast, version=9))
     assert_alike(asyncio.run(run(processes()[:1])), expected)
     assert source.known == [], "the other has answered in its place"
-    asyncio.run(changing.forget())
+
+    async def lose_the_other_as_it_falls_asleep() -> None:
+        """It is vLLM's own process, of whose end no turn tells, since none runs."""
+        (child,) = of_vllm(processes()[0])
+        os.kill(child, 9)
+        with pytest.raises(EngineDiedError, match="vLLM's process ended"):
+            await until_it_tells(changing.actors[1])
+        assert 1 in changing._alive()
+        await changing.sleep()
+        await changing.wake()
+        assert not changing._alive()
+        await changing.forget()
+        assert changing.whole
+
+    asyncio.run(lose_the_other_as_it_falls_asleep())
     assert source.known == [2]
     assert_alike(asyncio.run(run(processes())), expected)
     assert source.known == [2, 2]
-
-    async def lose_two_while_nothing_runs() -> None:
-        """First vLLM's own process, of which no turn tells; then, in its sleep, an actor."""
-        (child,) = of_vllm(processes()[0])
-        os.kill(child, 9)
-        await asyncio.to_thread(wait_for_the_end_of, [child])
-        await changing.forget()
-        assert source.known == [2, 2, 2]
-        await changing.sleep()
-        os.kill(processes()[1], 9)
-        await changing.wake()
-        assert not changing.whole
-        await changing.forget()
-        assert changing.whole
-        assert source.known == [2, 2, 2, 2]
-
-    asyncio.run(lose_two_while_nothing_runs())
     assert_serves(changing, tied, before_tying(weights))
     assert changing.version == 9
-
-
-def test_an_engine_that_dies_again_and_again_ends_the_run(changing: RolloutEngine, tied: Path) -> None:
-    changing.source, changing._deaths = Source(changing, variant(tied, 6)), LIVES
-    for actor in changing.actors:
-        ray.kill(actor)
-    with pytest.raises(InputError, match=r"that of .* died 4 times in a row \(.*\): give it fewer turns at once"):
-        asyncio.run(greedy(changing))
-    changing._deaths, changing.source = 0, None
-    asyncio.run(changing.restart())
-    asyncio.run(changing.update(lambda: send(changing, variant(tied, 6))))
-    assert_serves(changing, tied, before_tying(variant(tied, 6)))
 
 
 def bare(close: Callable[[], None] = lambda: None) -> RolloutEngine:
@@ -697,10 +689,19 @@ def test_closing_ends_all_processes_and_fails_what_runs(cluster: None) -> None:
 
 
 def test_weights_that_have_diverged_fail_each_reply(changing: RolloutEngine, tied: Path) -> None:
-    """The last to use the engine: what is not finite stays in vLLM's memory, and comes up with other weights."""
+    """After all others that sample: what is not finite stays in vLLM's memory, and comes up with other weights."""
     diverged = {name: torch.full_like(weight, torch.nan) for name, weight in variant(tied, 5).items()}
     asyncio.run(changing.update(lambda: send(changing, diverged)))
     with pytest.raises(FloatingPointError, match="the model's logits are not finite numbers: its weights have"):
+        asyncio.run(greedy(changing))
+
+
+def test_an_engine_that_dies_again_and_again_ends_the_run(changing: RolloutEngine, tied: Path) -> None:
+    """The last to use the engine."""
+    changing.source, changing._deaths = Source(changing, variant(tied, 6)), LIVES
+    for actor in changing.actors:
+        ray.kill(actor)
+    with pytest.raises(InputError, match=r"that of .* died 4 times in a row \(.*\): give it fewer turns at once"):
         asyncio.run(greedy(changing))
 
 
