@@ -156,7 +156,15 @@ PIECES = [
 @pytest.mark.parametrize("piece", PIECES)
 @pytest.mark.parametrize(
     "function",
-    [last_boxed, last_marked, partial(last_marked, marker="A:"), without_annotations, balanced, choice_letter, letter_of],
+    [
+        last_boxed,
+        last_marked,
+        partial(last_marked, marker="A:"),
+        without_annotations,
+        balanced,
+        choice_letter,
+        letter_of,
+    ],
 )
 def test_hostile_texts_take_linear_time(function: object, piece: str) -> None:
     assert callable(function)
