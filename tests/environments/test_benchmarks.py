@@ -1,4 +1,6 @@
 import json
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,11 +22,20 @@ from turnwise.environments.benchmarks import (
     load_problems,
 )
 from turnwise.environments.errors import InputError
+from turnwise.environments.math_grader import MathGrader
 from turnwise.environments.problem import Problem
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 ROWS: list[dict[str, object]] = [{"problem": "1+1?", "answer": 2}, {"problem": "half?", "answer": r"\frac{1}{2}"}]
 PROBLEMS = (Problem("sums-0", "1+1?", "2"), Problem("sums-1", "half?", r"\frac{1}{2}"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_grader() -> Iterator[None]:
+    """The processes that read the gold answers start once, not with each file."""
+    with MathGrader() as grader, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmarks, "MathGrader", lambda: nullcontext(grader))
+        yield
 
 
 def written(path: Path, rows: list[dict[str, object]]) -> Path:

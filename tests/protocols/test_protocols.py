@@ -15,6 +15,7 @@ from turnwise.environments.environment import Grade, Grader, Outcome
 from turnwise.environments.episode import Episode
 from turnwise.environments.problem import Problem
 from turnwise.environments.transcript import Message, Turn
+from turnwise.named import open_protocol
 from turnwise.protocols.debate import Debate, Panel
 from turnwise.protocols.gated import Gated
 from turnwise.protocols.graph import GraphProtocol
@@ -24,21 +25,6 @@ from turnwise.protocols.thinkless import Thinkless
 from turnwise.rl.rollout import play_episode
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "new_protocol.py"
-
-
-def example_protocol() -> GraphProtocol:
-    """The protocol of the example's file, without the models that the rest of it loads."""
-    wanted = [
-        node
-        for node in ast.parse(EXAMPLE.read_text()).body
-        if isinstance(node, ast.Assign)
-        or (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("turnwise.protocols"))
-    ]
-    names: dict[str, object] = {}
-    exec(compile(ast.Module(wanted, type_ignores=[]), str(EXAMPLE), "exec"), names)
-    jury = names["jury"]
-    assert isinstance(jury, GraphProtocol)
-    return jury
 
 
 # Small budgets, so that turns are cut off as often as not.
@@ -53,7 +39,7 @@ PROTOCOLS = {
     "solo, with tags": Solo("long", max_tokens=6, stops=("</answer>",), prefill="<think>", answer_after="</think>"),
     "debate": Debate(("ann", "bob", "cleo"), rounds=3, max_tokens=5),
     "panel": Panel(max_tokens=5),
-    "jury": example_protocol(),
+    "jury": open_protocol(f"{EXAMPLE}:jury"),
 }
 
 TAGS = ["<think>", "</think>", "<short>", "<answer>", "</answer>", "<rethink>", "</rethink>"]

@@ -1,6 +1,5 @@
 """A sound run is passed, and each fault that is planted is found, by name, before a weight is loaded."""
 
-import ast
 import json
 import shutil
 from collections import Counter
@@ -20,6 +19,7 @@ from turnwise.environments.environment import Environment
 from turnwise.environments.episode import Episode
 from turnwise.environments.math_grader import MathGrader
 from turnwise.environments.problem import Problem
+from turnwise.named import open_protocol
 from turnwise.protocols.debate import Debate, Panel
 from turnwise.protocols.gated import Gated
 from turnwise.protocols.graph import END, GraphProtocol, State, TurnGraph
@@ -34,21 +34,6 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "new_protocol.py"
 Edit = Callable[[PreTrainedTokenizerFast], object]
 
 
-def example_protocol() -> GraphProtocol:
-    """The protocol of the example's file, without the models that the rest of it loads."""
-    wanted = [
-        node
-        for node in ast.parse(EXAMPLE.read_text()).body
-        if isinstance(node, ast.Assign)
-        or (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("turnwise.protocols"))
-    ]
-    names: dict[str, object] = {}
-    exec(compile(ast.Module(wanted, type_ignores=[]), str(EXAMPLE), "exec"), names)
-    jury = names["jury"]
-    assert isinstance(jury, GraphProtocol)
-    return jury
-
-
 PROTOCOLS = {
     "long short": LongShort(),
     "long short, even cap": LongShort(max_turns=5),
@@ -60,7 +45,7 @@ PROTOCOLS = {
     "solo, with tags": Solo("long", stops=("</answer>",), prefill="<think>", answer_after="</think>"),
     "debate": Debate(("ann", "bob", "cleo"), rounds=3),
     "panel": Panel(),
-    "jury": example_protocol(),
+    "jury": open_protocol(f"{EXAMPLE}:jury"),
 }
 
 

@@ -1,6 +1,7 @@
 """The shipped models load anywhere, are small, and can do what they are shipped for."""
 
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from turnwise.rl import tiny_models
 from turnwise.rl.episode_store import encode
 from turnwise.rl.rollout import Team, play
 from turnwise.rl.sft import SFTSettings
-from turnwise.rl.summary import summarise
+from turnwise.rl.summary import Summary, summarise
 from turnwise.rl.tiny_models import build_tokenizer
 
 LONG_ALONE, SHORT_ALONE = Solo("long", answer_after="</think>"), Solo("short", stops=("</answer>",))
@@ -36,12 +37,26 @@ def team() -> Team:
     return agents | {"router": agents["solver"]}
 
 
-def played(
-    protocol: GraphProtocol, team: Team, count: int = 60, problem_set: str = "mixed", concurrency: int = 64
-) -> list[Episode]:
+Played = Callable[..., list[Episode]]
+
+
+@pytest.fixture(scope="module")
+def played() -> Iterator[Played]:
+    """The episodes of a protocol, a team and so many problems."""
     with MathGrader() as grader:
-        environment = arithmetic(grader, problem_set=problem_set, count=count, seed=11)
-        return play(protocol, team, environment, seed=3, concurrency=concurrency)
+
+        def played(
+            protocol: GraphProtocol, team: Team, count: int = 60, problem_set: str = "mixed", concurrency: int = 64
+        ) -> list[Episode]:
+            environment = arithmetic(grader, problem_set=problem_set, count=count, seed=11)
+            return play(protocol, team, environment, seed=3, concurrency=concurrency)
+
+        yield played
+
+
+@pytest.fixture(scope="module")
+def long_alone(played: Played, team: Team) -> Summary:
+    return summarise(played(LONG_ALONE, team))
 
 
 def test_they_are_at_most_8_mebibytes_in_all_and_plain_transformers_checkpoints() -> None:
@@ -59,8 +74,10 @@ def test_they_are_at_most_8_mebibytes_in_all_and_plain_transformers_checkpoints(
             assert tokenizer.decode(ids) == question
 
 
-def test_thinking_is_right_and_long_and_answering_at_once_is_right_on_the_easiest_level_only(team: Team) -> None:
-    long_alone, short_alone = summarise(played(LONG_ALONE, team)), summarise(played(SHORT_ALONE, team))
+def test_thinking_is_right_and_long_and_answering_at_once_is_right_on_the_easiest_level_only(
+    team: Team, played: Played, long_alone: Summary
+) -> None:
+    short_alone = summarise(played(SHORT_ALONE, team))
     assert long_alone.accuracy >= 0.9
     assert short_alone.accuracy <= 0.6
     assert long_alone.tokens > 8 * short_alone.tokens
@@ -68,14 +85,14 @@ def test_thinking_is_right_and_long_and_answering_at_once_is_right_on_the_easies
     assert summarise(easiest).accuracy >= 0.9
 
 
-def test_together_they_are_right_and_shorter(team: Team) -> None:
+def test_together_they_are_right_and_shorter(team: Team, played: Played, long_alone: Summary) -> None:
     together = summarise(played(LongShort(), team))
     assert together.accuracy >= 0.88
-    assert together.tokens < 0.8 * summarise(played(LONG_ALONE, team)).tokens
+    assert together.tokens < 0.8 * long_alone.tokens
     assert set(together.seat_tokens) == {"long", "short"}
 
 
-def test_the_router_reaches_both_modes_and_opens_the_gate(team: Team) -> None:
+def test_the_router_reaches_both_modes_and_opens_the_gate(team: Team, played: Played) -> None:
     agent = TransformersAgent(TransformersEngine.load(ROUTER))
     routed = summarise(played(Thinkless(), {"solver": agent}, count=120))
     assert routed.think_share == pytest.approx(0.5, abs=0.15)
@@ -87,9 +104,9 @@ def test_the_router_reaches_both_modes_and_opens_the_gate(team: Team) -> None:
     assert [step.seat for step in opened["<think>"].transcript.steps[:3]] == ["router", "long", "short"]
 
 
-def test_the_same_tokens_at_any_concurrency(team: Team) -> None:
+def test_the_same_tokens_at_any_concurrency(team: Team, played: Played) -> None:
     """Text, ids and grades are identical, log-probabilities to 1e-5: products round differently in larger batches."""
-    one, many = played(LongShort(), team, 24, concurrency=1), played(LongShort(), team, 24, concurrency=64)
+    one, many = played(LongShort(), team, 12, concurrency=1), played(LongShort(), team, 12, concurrency=64)
     for alone, batched in zip(one, many, strict=True):
         assert alone.grade == batched.grade
         for mine, other in zip(alone.transcript.steps, batched.transcript.steps, strict=True):
@@ -98,12 +115,12 @@ def test_the_same_tokens_at_any_concurrency(team: Team) -> None:
             assert mine.reply.log_probabilities == pytest.approx(other.reply.log_probabilities, abs=1e-5)
 
 
-def test_bit_by_bit_the_same_where_the_engines_remember_nothing(team: Team) -> None:
+def test_bit_by_bit_the_same_where_the_engines_remember_nothing(team: Team, played: Played) -> None:
     def from_cold() -> list[bytes]:
         for agent in team.values():
             assert isinstance(agent, TransformersAgent)
             agent.engine.version = 0  # which forgets the keys and values of earlier prompts
-        return [encode(episode) for episode in played(LongShort(), team, 24, concurrency=1)]
+        return [encode(episode) for episode in played(LongShort(), team, 8, concurrency=1)]
 
     assert from_cold() == from_cold()
 

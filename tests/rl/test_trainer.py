@@ -54,9 +54,9 @@ from turnwise.rl.rounds import Round
 from turnwise.rl.trained_policy import EmbeddedPolicy, Policy, PolicyDiedError, TrainedPolicy
 from turnwise.rl.trainer import Report, Trainer, TrainingSettings, problems_of_step
 
-STEPS = 20
+STEPS = 12
 SETTINGS = TrainingSettings(
-    rounds="long short long short long", steps=4, problems=2, samples=2, temperature=1.3, evaluate_every=3,
+    rounds="long short long", steps=4, problems=2, samples=2, temperature=1.3, evaluate_every=3,
     checkpoint_every=2, keep_episodes=3,
 )  # fmt: skip
 # All that a checkpoint has to hold: schedules, a reference model, several optimiser steps an update.
@@ -142,7 +142,7 @@ def forge_run(job: Mapping[str, float | str]) -> tuple[int, list[str]]:
 def in_fork(told: int, job: Mapping[str, float | str]) -> int:
     folder = Path(str(job["folder"]))
     try:
-        for report in build(folder).train():
+        for count, report in enumerate(build(folder).train()):
             os.write(told, f"{report.step}\n".encode())
             if report.step == job.get("after"):
                 (events,) = (folder / "tensorboard").iterdir()
@@ -150,6 +150,8 @@ def in_fork(told: int, job: Mapping[str, float | str]) -> int:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             if report.step == job.get("until"):
                 return 0
+            if "delay" in job and count == job["reports"]:
+                signal.pause()  # its end comes late
     except InputError as error:
         os.write(told, f"{error}\n".encode())
         return 2
@@ -265,7 +267,7 @@ def test_the_figures_are_logged_as_they_were_reported(whole: Whole) -> None:
 
 
 def test_the_partner_of_a_round_stands_still_and_who_trains_moves(whole: Whole) -> None:
-    rounds = ["long"] * 4 + ["short"] * 4 + ["long"] * 4 + ["short"] * 4 + ["long"] * 4
+    rounds = ["long"] * 4 + ["short"] * 4 + ["long"] * 4
     assert [report.round and report.round.trains for report in whole.reports] == [None, *((name,) for name in rounds)]
     for report, (before, after) in zip(whole.reports[1:], pairwise(whole.weights), strict=True):
         (trains,) = report.round.trains if report.round else ()
@@ -296,8 +298,8 @@ def test_after_each_of_its_rounds_the_weights_of_a_policy_are_kept(whole: Whole)
         for name in POLICIES
     }
     assert kept == {
-        "long": {f"r{number}": whole.weights[step]["long"] for number, step in enumerate((0, 4, 12, 20))},
-        "short": {f"r{number}": whole.weights[step]["short"] for number, step in enumerate((0, 8, 16))},
+        "long": {f"r{number}": whole.weights[step]["long"] for number, step in enumerate((0, 4, 12))},
+        "short": {f"r{number}": whole.weights[step]["short"] for number, step in enumerate((0, 8))},
     }
     shipped = {key: tensor.float() for key, tensor in load_file(LONG / "model.safetensors").items()}
     assert kept["long"]["r0"] == fingerprint(shipped)
@@ -305,7 +307,7 @@ def test_after_each_of_its_rounds_the_weights_of_a_policy_are_kept(whole: Whole)
 
 def test_evaluations_come_every_few_steps_and_at_the_end_of_each_round_and_the_best_is_kept(whole: Whole) -> None:
     evaluated = {report.step: report for report in whole.reports if report.evaluation is not None}
-    assert list(evaluated) == [0, 3, 4, 6, 8, 9, 12, 15, 16, 18, 20]
+    assert list(evaluated) == [0, 3, 4, 6, 8, 9, 12]
     base = evaluated[0].evaluation
     assert base
     scores = {}
@@ -325,9 +327,9 @@ def test_evaluations_come_every_few_steps_and_at_the_end_of_each_round_and_the_b
 
 def test_of_every_third_step_the_episodes_are_kept(whole: Whole) -> None:
     folders = sorted((whole.folder / "episodes").iterdir())
-    assert [folder.name for folder in folders] == ["000003", "000006", "000009", "000012", "000015", "000018"]
+    assert [folder.name for folder in folders] == ["000003", "000006", "000009", "000012"]
     seeds = set[int]()
-    for step, folder in zip(range(3, 19, 3), folders, strict=True):
+    for step, folder in zip(range(3, 13, 3), folders, strict=True):
         episodes = list(read_episodes(folder / "episodes.jsonl"))
         problems = problems_of_step(TRAIN.problems, 2, step, 0)
         assert sorted(one.id for one in episodes) == sorted(f"{p.id}#{n}" for p in problems for n in range(2))
@@ -341,15 +343,15 @@ def test_of_every_third_step_the_episodes_are_kept(whole: Whole) -> None:
             assert turn.reply.version == learnt[turn.seat], "the policy that spoke is the one that had learnt so far"
             assert len(turn.reply.log_probabilities) == turn.reply.token_count
         assert json.loads((folder / "run.json").read_text())["step"] == step
-    assert len(seeds) == 6
+    assert len(seeds) == 4
 
 
 # Stopped and taken up again
 
 
-def test_kill_9_ten_times_changes_nothing(tmp_path: Path, whole: Whole, forge: Forge) -> None:
+def test_kill_9_again_and_again_changes_nothing(tmp_path: Path, whole: Whole, forge: Forge) -> None:
     rng, folder, first = random.Random(3), tmp_path / "run", list[int]()
-    for number in range(10):
+    for number in range(6):
         code, told = forge.run(
             folder, reports=rng.choice((0, 0, 1, 1, 2)), delay=rng.uniform(0, max(0.1, whole.seconds_a_step))
         )
@@ -359,10 +361,10 @@ def test_kill_9_ten_times_changes_nothing(tmp_path: Path, whole: Whole, forge: F
             name_events(folder, number)
     code, told = forge.run(folder)
     assert code == 0, told
-    name_events(folder, 10)
+    name_events(folder, 6)
     first.append(int(told[0]))
     assert first == sorted(first)
-    assert len(set(first)) > 3, f"runs went on from steps {first}"
+    assert len(set(first)) > 2, f"runs went on from steps {first}"
     assert [line["step"] for line in read_metrics(folder)] == list(range(STEPS + 1))
     assert tree(folder) == tree(whole.folder)
     assert scalars(folder) == scalars(whole.folder)
