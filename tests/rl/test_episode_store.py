@@ -23,9 +23,9 @@ from turnwise.rl.episode_store import EpisodeStore, decode, encode, read_episode
 
 RUN: dict[str, str | int | float] = {"protocol": "test", "seed": 0}
 
-# Plays argv[2] episodes of two turns, 100 token ids each, into the store at argv[1]; at most argv[3] bytes a file, or any
-# number for "0". For each of the seconds that follow, a fork does so first, and is killed when it has computed for so
-# long after its first episodes; then comes its exit code.
+# Plays argv[2] episodes of two turns, 100 token ids each, into the store at argv[1]; at most argv[3] bytes a file,
+# or any number for "0". For each of the seconds that follow, a fork does so first, and is killed when it has computed
+# for so long after its first episodes; then comes its exit code.
 PLAY = """
 import itertools, os, random, resource, signal, sys
 from turnwise.agents.scripted import ScriptedAgent
