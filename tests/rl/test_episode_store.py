@@ -4,8 +4,8 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
@@ -23,9 +23,11 @@ from turnwise.rl.episode_store import EpisodeStore, decode, encode, read_episode
 
 RUN: dict[str, str | int | float] = {"protocol": "test", "seed": 0}
 
-# Plays argv[2] episodes of two turns, 100 token ids each, into the store at argv[1]; at most argv[3] bytes a file.
+# Plays argv[2] episodes of two turns, 100 token ids each, into the store at argv[1]; at most argv[3] bytes a file,
+# or any number for "0". For each of the seconds that follow, a fork does so first, and is killed when it has computed
+# for so long after its first episodes; then comes its exit code.
 PLAY = """
-import random, resource, signal, sys
+import itertools, os, random, resource, signal, sys
 from turnwise.agents.scripted import ScriptedAgent
 from turnwise.environments.environment import Environment, Grade, Grader, Outcome
 from turnwise.environments.errors import InputError
@@ -40,12 +42,16 @@ class AllRight(Grader):
     async def grade(self, problem, text):
         return Grade(Outcome.RIGHT, text)
 
+doom, asked = 0.0, itertools.count()
+
 def say(turn, seed):
+    if next(asked) == 2 * 64 and doom:
+        signal.setitimer(signal.ITIMER_PROF, doom)
     rng = random.Random(seed)
     ids = tuple(rng.randrange(100_000) for _ in range(100))
     return Reply(f"{seed}", 100, "end", None, ids, tuple(-rng.random() for _ in ids), ids[:50])
 
-if len(sys.argv) > 3:
+if sys.argv[3] != "0":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
 states = {"ask": State(seat="first", then="reply"), "reply": State(seat="second")}
@@ -53,6 +59,12 @@ graph = TurnGraph(seats={"first": "", "second": ""}, start="ask", states=states)
 protocol = GraphProtocol(graph, RewardSum((Correctness(),)))
 problems = [Problem(f"p{n}", "question", "42") for n in range(int(sys.argv[2]))]
 agent = ScriptedAgent(say)
+for seconds in map(float, sys.argv[4:]):
+    child = os.fork()
+    if child == 0:
+        doom = seconds
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 try:
     with EpisodeStore(sys.argv[1], {"protocol": "test", "seed": 0}) as store:
         print(len(store.ids), flush=True)
@@ -62,16 +74,13 @@ except InputError as error:
 """
 
 
-def start(folder: Path, count: int, *limit: int) -> "subprocess.Popen[str]":
+def run(folder: Path, count: int, limit: int = 0, *, kills: Sequence[float] = ()) -> "subprocess.CompletedProcess[str]":
     """A process that plays `count` episodes into a store; it says how many it found there, and then begins."""
-    source = str(Path(turnwise.__file__).parents[1])
-    return subprocess.Popen(
-        [sys.executable, "-c", PLAY, str(folder), str(count), *map(str, limit)],
-        env={**os.environ, "PYTHONPATH": source},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return subprocess.run(
+        [sys.executable, "-c", PLAY, str(folder), str(count), str(limit), *map(str, kills)],
+        env={**os.environ, "PYTHONPATH": str(Path(turnwise.__file__).parents[1])},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
 
 
 def episode(
@@ -179,22 +188,15 @@ def test_an_episode_that_failed_is_not_among_the_ids(tmp_path: Path) -> None:
 # Kills, torn lines and full disks
 
 
-def test_kill_9_loses_nothing(tmp_path: Path) -> None:
-    rng, found, killed = random.Random(), list[int](), 0
-    for _ in range(10):
-        process = start(tmp_path / "run", 2000)
-        assert process.stdout
-        found.append(int(process.stdout.readline()))
-        time.sleep(rng.uniform(0.005, 0.04))
-        process.kill()
-        process.communicate()
-        killed += process.returncode == -signal.SIGKILL
-    assert killed, "each run had ended before it was killed"
+def test_kills_lose_nothing(tmp_path: Path) -> None:
+    rng = random.Random()
+    done = run(tmp_path / "run", 2000, kills=[rng.uniform(0.001, 0.01) for _ in range(8)])
+    assert (done.returncode, done.stderr) == (0, "")
+    told = list(map(int, done.stdout.split()))
+    found, codes = told[::2], told[1::2]
+    assert codes == [-signal.SIGPROF] * 8
     assert found == sorted(found)
-
-    process = start(tmp_path / "run", 2000)
-    _, complaint = process.communicate(timeout=600)
-    assert process.returncode == 0, complaint
+    assert len(set(found)) > 2, f"runs went on from {found} episodes"
     lines = (tmp_path / "run" / "episodes.jsonl").read_bytes().splitlines(keepends=True)
     assert all(line.endswith(b"\n") for line in lines)
     assert Counter(decode(line).id for line in lines) == {f"p{n}#0": 1 for n in range(2000)}
@@ -248,20 +250,18 @@ def test_a_line_of_something_else_is_named(tmp_path: Path) -> None:
 
 def test_a_full_disk_keeps_whole_lines_and_the_run_resumes(tmp_path: Path) -> None:
     path = tmp_path / "run" / "episodes.jsonl"
-    process = start(tmp_path / "run", 200, 100_000)
-    _, complaint = process.communicate(timeout=600)
+    full = run(tmp_path / "run", 200, 100_000)
     lines = path.read_bytes().splitlines(keepends=True)
     assert 1 < len(lines) < 200
     assert lines[-1].endswith(b"\n")
     assert path.stat().st_size <= 100_000
     expected = f"cannot write to {path}: File too large; what it holds is safe: make room and run the same command"
-    assert process.returncode == 1
-    assert complaint.startswith(expected)
+    assert full.returncode == 1
+    assert full.stderr.startswith(expected)
 
-    process = start(tmp_path / "run", 200)
-    found, complaint = process.communicate(timeout=600)
-    assert process.returncode == 0, complaint
-    assert int(found) == len(lines)
+    done = run(tmp_path / "run", 200)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) == len(lines)
     assert Counter(each.id for each in read_episodes(path)) == {f"p{n}#0": 1 for n in range(200)}
 
 

@@ -497,7 +497,7 @@ def test_kills_draw_nothing_twice_and_change_nothing(tmp_path: Path, stop_early:
     rolled_out(tmp_path / "whole", CHAINS, LONG.model_copy(update={"stop_early": stop_early}))
     rng, folder = random.Random(), tmp_path / "run"
     done = subprocess.run(
-        [sys.executable, __file__, str(folder), str(stop_early), *(str(rng.uniform(0.001, 0.03)) for _ in range(6))],
+        [sys.executable, __file__, str(folder), str(stop_early), *(str(rng.uniform(0.001, 0.015)) for _ in range(6))],
         env={**os.environ, "PYTHONPATH": str(Path(turnwise.__file__).parents[1])},
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
