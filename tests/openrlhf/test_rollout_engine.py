@@ -338,7 +338,7 @@ def test_a_cancelled_turn_is_called_off_in_vllm(long: RolloutEngine) -> None:
 @pytest.mark.parametrize(("asked", "served"), [(None, 1024), (100, 100), (2000, 1024)])
 def test_transformers_serves_the_context_that_is_asked_for(asked: int | None, served: int) -> None:
     actor, arguments, _ = _transformers(LONG, ON_CPU.model_copy(update={"context": asked}))
-    assert actor(**arguments, version=0).served().context == served
+    assert asyncio.run(actor(**arguments, version=0).served()).context == served
 
 
 def test_a_token_that_the_model_does_not_know_fails_its_turn_alone(long: RolloutEngine) -> None:
