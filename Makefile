@@ -15,7 +15,7 @@ help:
 	@echo "make test         all tests but those of make vllm, openrlhf and inspect, with coverage"
 	@echo "make browser      Debian's chromium, without which the tests of the report's page are skipped"
 	@echo "make vllm         the tests and the benchmark on real vLLM, on the CPU, in .venv-vllm (9 minutes, 1.9 GB)"
-	@echo "make openrlhf     the tests on real OpenRLHF, Ray, DeepSpeed and vLLM, on the CPU, in .venv-openrlhf (2.2 GB)"
+	@echo "make openrlhf     the tests on real OpenRLHF, Ray, DeepSpeed and vLLM, on the CPU, in .venv-openrlhf (half an hour, 2.2 GB)"
 	@echo "make inspect      Inspect's own loader reads what turnwise exports for it, in .venv-inspect (280 MB)"
 	@echo "make check        formatting, lint, types, layers"
 	@echo "make bench        what a turn, a token, a trained token and a rollout cost, beside other libraries"
