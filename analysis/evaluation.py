@@ -1,7 +1,7 @@
 """What a run of episodes is worth, with intervals over problems, and what it is worth beside another."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -88,7 +88,7 @@ def evaluate(episodes: Iterable[Episode], protocol: ReasoningProtocol | None = N
     cut_off = defaultdict[str, list[bool]](list)
     for step in steps:
         if step.state not in control:
-            cut_off[step.seat].append(_cut_off(step, control))
+            cut_off[step.seat].append(step.reply.finish == "length")
     ill_formed = None
     if isinstance(protocol, GraphProtocol):
         ill_formed = sum(breaks_form(protocol, step) for step in steps) / (len(steps) or 1)
@@ -146,7 +146,7 @@ def breaks_form(protocol: GraphProtocol, step: Step) -> bool:
     here; but a choice of mode that chose none breaks the form.
     """
     state = protocol.graph.states[step.state]
-    if _cut_off(step, protocol.control_states):
+    if step.reply.finish == "length" and step.state not in protocol.control_states:
         return False
     if state.closes and step.reply.stop is None:
         return True
@@ -154,10 +154,6 @@ def breaks_form(protocol: GraphProtocol, step: Step) -> bool:
         return True
     forms = (weighted.term for weighted in protocol.reward.weighted)
     return any(isinstance(form, Format) and step.seat in form.tags and not form.well_formed(step) for form in forms)
-
-
-def _cut_off(step: Step, control_states: Collection[str]) -> bool:
-    return step.reply.finish == "length" and step.state not in control_states
 
 
 def _by_id(episodes: Iterable[Episode]) -> dict[str, list[Episode]]:

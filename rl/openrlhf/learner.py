@@ -39,7 +39,8 @@ class OpenRLHFLearner:
     n-th rank takes its part of the n-th bundle.
 
     It can be asked from several threads, and does one thing at a time: what all ranks do together they must all do in
-    one order, and nobody is to see the weights of half an update.
+    one order, and nobody is to see the weights of half an update. `one_at_a_time` is the lock of that, for who asks two
+    things together.
 
     Raises InputError, before any process starts, for models that are not there or do not fit each other, and for more
     ranks than Ray has room for. Where a rank dies, whatever was asked of it raises PolicyDiedError, and all are ended;
@@ -67,7 +68,7 @@ class OpenRLHFLearner:
         model, reference = _everywhere(model), None if reference is None else _everywhere(reference)
         self.vocabulary = check_models(model, reference)
         self._waiting: dict[str, list[int]] = {}
-        self._one_at_a_time = threading.RLock()
+        self.one_at_a_time = threading.RLock()
         self._release: Callable[[], None] = lambda: None
         if place is None:
             place, self._release = reserve(Share("rank", self.openrlhf.ranks, self.openrlhf.gpus_per_rank))
@@ -121,7 +122,7 @@ class OpenRLHFLearner:
             )
             for part in split(samples, self.settings.mini_batches)
         ]  # fmt: skip
-        with self._one_at_a_time:
+        with self.one_at_a_time:
             if self._reference is not None:
                 for step in steps:
                     for micro, log_probs in zip(step.experience, self._log_probs(self._reference, step), strict=True):
@@ -145,7 +146,7 @@ class OpenRLHFLearner:
 
     def broadcast(self) -> int:
         """Sends the weights to all actors that it is connected with, and returns once they are there; their version."""
-        with self._one_at_a_time:
+        with self.one_at_a_time:
             self._all(self._policy, "broadcast_to_vllm")
             return self.version
 
@@ -227,7 +228,7 @@ class OpenRLHFLearner:
 
     def _all(self, group: RayActorGroup, method: str, *arguments: object) -> list[Any]:
         """What a method gives on all ranks, in order."""
-        with self._one_at_a_time:
+        with self.one_at_a_time:
             return self._results(method, group.async_run_method(method, *arguments))
 
     def _results(self, method: str, calls: Sequence[ray.ObjectRef]) -> list[Any]:

@@ -104,7 +104,8 @@ class ThroughRay:
 
     def broadcast(self) -> int:
         """Has each of them load the state dict; its version."""
-        weights, version = ray.put(self._learner.weights()), self._learner.version
+        with self._learner.one_at_a_time:  # else an update could come between
+            weights, version = ray.put(self._learner.weights()), self._learner.version
         ray.get([actor.load.remote(weights) for actor in self._actors])
         return version
 

@@ -188,13 +188,13 @@ def test_an_episode_that_failed_is_not_among_the_ids(tmp_path: Path) -> None:
 # Kills, torn lines and full disks
 
 
-def test_kills_lose_nothing(tmp_path: Path) -> None:
+def test_ten_kills_lose_nothing(tmp_path: Path) -> None:
     rng = random.Random()
-    done = run(tmp_path / "run", 2000, kills=[rng.uniform(0.001, 0.01) for _ in range(8)])
+    done = run(tmp_path / "run", 2000, kills=[rng.uniform(0.001, 0.01) for _ in range(10)])
     assert (done.returncode, done.stderr) == (0, "")
     told = list(map(int, done.stdout.split()))
     found, codes = told[::2], told[1::2]
-    assert codes == [-signal.SIGPROF] * 8
+    assert codes == [-signal.SIGPROF] * 10
     assert found == sorted(found)
     assert len(set(found)) > 2, f"runs went on from {found} episodes"
     lines = (tmp_path / "run" / "episodes.jsonl").read_bytes().splitlines(keepends=True)
